@@ -1,0 +1,343 @@
+"""Make every file of data/ from IMDb: tokenizers, four small models and the sampled reviews.
+
+    python data/build.py --calibrate            tokens/s of each training first, and the time it will take
+    python data/build.py [--only lm bert ...]   make them (steps found in runs/build are not repeated)
+    python data/build.py --evaluate             every figure of data/README.md, with its protocol
+
+No text of IMDb is written to data/. What is written there: weights trained on IMDb, tokenizers' vocabularies, and
+reviews sampled from a language model, from which every sample sharing 12 consecutive words with IMDb is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+)
+
+from rlhf_nb_utils.data import imdb_roles
+
+ROOT = Path(__file__).resolve().parent
+MODELS = ROOT / "models"
+WORK = ROOT.parent / "runs" / "build"
+SEED = 0
+EOT = "<|endoftext|>"
+WINDOW = 128  # context of tiny-gpt2
+
+LM = dict(tokens=18_000_000, batch=48, lr_matrix=0.02, lr_rest=2e-3, warmup=100, decay=0.45)
+BERT = dict(steps=9_000, batch=96, length=64, lr=1e-3, warmup=300, mask=0.15, temperature=0.07, contrast=0.5)
+JUDGE = dict(steps=5_500, batch=48, lr=6e-4, warmup=200, windows=(32, 64, 128, 256))
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def build_tokenizers(roles) -> None:
+    """Byte-level BPE (4096) for the policy; WordPiece (8192, lower case) for reward model and judge."""
+    texts = roles["language_model"][1]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
+    )
+    GPT2Tokenizer(tokenizer_object=bpe, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=WINDOW)
+    fast = GPT2Tokenizer(tokenizer_object=bpe, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=WINDOW)
+    fast.save_pretrained(MODELS / "tiny-gpt2")
+
+    piece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    piece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    piece.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    piece.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=8192, special_tokens=special, show_progress=False)
+    )
+    piece.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    BertTokenizer(tokenizer_object=piece, model_max_length=128).save_pretrained(MODELS / "tiny-bert")
+    DistilBertTokenizer(tokenizer_object=piece, model_max_length=256).save_pretrained(MODELS / "tiny-judge")
+
+
+def encode(name: str, texts: list[str]) -> list[np.ndarray]:
+    """Ids of every text without special tokens, as uint16 arrays."""
+    tokenizer = Tokenizer.from_file(str(MODELS / name / "tokenizer.json"))
+    out = []
+    for start in range(0, len(texts), 2000):
+        out += [np.asarray(e.ids, np.uint16) for e in tokenizer.encode_batch(texts[start : start + 2000], add_special_tokens=False)]
+    return out
+
+
+def export(model, name: str) -> None:
+    """Weights as fp16 safetensors; config.json says float32, so that a plain `from_pretrained` trains without NaN."""
+    path = MODELS / name
+    model = type(model)(model.config).eval().half() if False else model.eval()
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    model.half().save_pretrained(path, safe_serialization=True)
+    model.float().load_state_dict(state)
+    config = json.loads((path / "config.json").read_text())
+    config["dtype"] = "float32"
+    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+# --- language model -----------------------------------------------------------------------------------------------
+
+
+def lm_windows(texts: list[str], rng: np.random.Generator) -> np.ndarray:
+    """One pass over the reviews in a new order: EOT before each review, cut into (N, WINDOW + 1) windows."""
+    ids = LM_IDS.setdefault("ids", encode("tiny-gpt2", texts))
+    zero = np.zeros(1, np.uint16)  # EOT is id 0
+    stream = np.concatenate([part for i in rng.permutation(len(ids)) for part in (zero, ids[i])])
+    n = (len(stream) - 1) // WINDOW
+    return np.lib.stride_tricks.sliding_window_view(stream, WINDOW + 1)[: n * WINDOW : WINDOW]
+
+
+LM_IDS: dict[str, list[np.ndarray]] = {}
+
+
+def new_lm() -> GPT2LMHeadModel:
+    torch.manual_seed(SEED)
+    config = GPT2Config(
+        vocab_size=4096, n_positions=WINDOW, n_embd=256, n_layer=4, n_head=4, activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def build_lm(roles, calibrate: float = 0.0) -> float:
+    """Train once with a constant rate, then a linear decay. The base is the checkpoint *before* the decay,
+    the twin the one after; the twin is only sampled from. Returns tokens/s."""
+    model, rng = new_lm(), np.random.default_rng(SEED)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
+    muon = torch.optim.Muon(matrices, lr=LM["lr_matrix"], momentum=0.95, weight_decay=0.01)
+    adam = torch.optim.AdamW(rest, lr=LM["lr_rest"], betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    steps = LM["tokens"] // (LM["batch"] * WINDOW)
+    start_decay = int(steps * (1 - LM["decay"]))
+    windows, at, began, losses = lm_windows(roles["language_model"][1], rng), 0, time.time(), []
+    order = rng.permutation(len(windows))
+    for step in range(steps):
+        if step == start_decay:
+            torch.save(model.state_dict(), WORK / "base.pt")
+            say(f"lm: base kept before the decay at step {step}")
+        scale = min(1.0, (step + 1) / LM["warmup"], (steps - step) / max(1, steps - start_decay))
+        for optimizer, lr in ((muon, LM["lr_matrix"]), (adam, LM["lr_rest"])):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+        if at + LM["batch"] > len(order):
+            windows = lm_windows(roles["language_model"][1], rng)
+            order, at = rng.permutation(len(windows)), 0
+        batch = torch.from_numpy(windows[order[at : at + LM["batch"]]].astype(np.int64))
+        at += LM["batch"]
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.transformer(batch[:, :-1]).last_hidden_state
+            logits = model.lm_head(hidden)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rest, 1.0)
+        muon.step(), adam.step()
+        muon.zero_grad(), adam.zero_grad()
+        losses.append(loss.item())
+        rate = (step + 1) * LM["batch"] * WINDOW / (time.time() - began)
+        if calibrate and time.time() - began > calibrate:
+            return rate
+        if step % 100 == 0 or step == steps - 1:
+            left = (steps - step) * LM["batch"] * WINDOW / rate / 60
+            say(f"lm: step {step}/{steps} loss {np.mean(losses[-100:]):.3f} {rate:.0f} tokens/s, {left:.0f} min left")
+        if step in (300, 600, 1100):
+            torch.save(model.state_dict(), WORK / "draft.pt")
+    torch.save(model.state_dict(), WORK / "twin.pt")
+    model.load_state_dict(torch.load(WORK / "base.pt", weights_only=True))
+    export(model, "tiny-gpt2")
+    return rate
+
+
+# --- encoder pre-training without labels --------------------------------------------------------------------------
+
+
+def bert_batch(ids: list[np.ndarray], long: np.ndarray, rng, cfg) -> torch.Tensor:
+    """(2·batch, length) windows: row i and row i + batch are two disjoint windows of the same review."""
+    length = cfg["length"]
+    rows = np.zeros((2, cfg["batch"], length), np.int64)
+    for b, review in enumerate(rng.choice(long, cfg["batch"], replace=False)):
+        text = ids[review]
+        first = rng.integers(0, len(text) - 2 * (length - 2) + 1)
+        second = rng.integers(first + length - 2, len(text) - (length - 2) + 1)
+        for half, start in enumerate((first, second) if rng.random() < 0.5 else (second, first)):
+            size = int(rng.integers(24, length - 1))
+            window = text[start : start + size]
+            rows[half, b, 0], rows[half, b, 1 : size + 1], rows[half, b, size + 1] = 2, window, 3
+    return torch.from_numpy(rows.reshape(-1, length))
+
+
+def build_bert(roles, calibrate: float = 0.0) -> float:
+    """Masked-token prediction plus contrast of two windows of one review (InfoNCE, van den Oord et al. 2018).
+
+    No label is used: two windows of one review share its film and its author's mood, and that is the signal.
+    """
+    cfg, rng = BERT, np.random.default_rng(SEED + 1)
+    torch.manual_seed(SEED + 1)
+    config = BertConfig(
+        vocab_size=8192, hidden_size=192, num_hidden_layers=3, num_attention_heads=6, intermediate_size=768,
+        max_position_embeddings=128, type_vocab_size=1, pad_token_id=0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForMaskedLM(config)
+    project = torch.nn.Linear(192, 128, bias=False)
+    ids = encode("tiny-bert", roles["language_model"][1])
+    long = np.asarray([i for i, x in enumerate(ids) if len(x) >= 2 * (cfg["length"] - 2)])
+    params = [*model.parameters(), *project.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=cfg["lr"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    began, logs = time.time(), []
+    for step in range(cfg["steps"]):
+        scale = min((step + 1) / cfg["warmup"], (cfg["steps"] - step) / (cfg["steps"] - cfg["warmup"]))
+        optimizer.param_groups[0]["lr"] = cfg["lr"] * scale
+        rows = bert_batch(ids, long, rng, cfg)
+        attention = (rows != 0).long()
+        chosen = (torch.rand(rows.shape) < cfg["mask"]) & (rows > 4)
+        noise = torch.rand(rows.shape)
+        inputs = torch.where(chosen & (noise < 0.8), 4, rows)
+        inputs = torch.where(chosen & (noise > 0.9), torch.randint(5, 8192, rows.shape), inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.bert(inputs, attention_mask=attention).last_hidden_state
+            logits = model.cls(hidden[chosen])
+            pooled = (hidden * attention[..., None]).sum(1) / attention.sum(1, keepdim=True)
+            z = F.normalize(project(pooled).float(), dim=-1)
+        masked = F.cross_entropy(logits.float(), rows[chosen])
+        one, two = z.chunk(2)
+        scores = one @ two.T / cfg["temperature"]
+        target = torch.arange(len(one))
+        contrast = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+        (masked + cfg["contrast"] * contrast).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        logs.append((masked.item(), contrast.item(), (scores.argmax(1) == target).float().mean().item()))
+        rate = (step + 1) * rows.numel() / (time.time() - began)
+        if calibrate and time.time() - began > calibrate:
+            return rate
+        if step % 200 == 0 or step == cfg["steps"] - 1:
+            mlm, nce, hit = np.mean(logs[-200:], 0)
+            left = (cfg["steps"] - step) * rows.numel() / rate / 60
+            say(f"bert: step {step} masked {mlm:.3f} contrast {nce:.3f} hit {hit:.2f} {rate:.0f} tokens/s, {left:.0f} min left")
+        if step % 1500 == 1499:
+            export(model, "tiny-bert")
+    export(model, "tiny-bert")
+    return rate
+
+
+# --- judge and evaluator ------------------------------------------------------------------------------------------
+
+
+def teacher_labels(roles) -> tuple[np.ndarray, float]:
+    """Probability of a positive review by TF-IDF and logistic regression, for the unlabelled reviews."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    _, texts, labels = roles["judge"]
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)
+    model = LogisticRegression(C=8.0, max_iter=200).fit(vectorizer.fit_transform(texts), labels)
+    _, test, truth = roles["test"]
+    accuracy = model.score(vectorizer.transform(test), truth)
+    return model.predict_proba(vectorizer.transform(roles["language_model"][1]))[:, 1], accuracy
+
+
+def build_judge(roles, calibrate: float = 0.0) -> float:
+    """A small DistilBERT on windows of several lengths: true labels of its role, soft labels of the unlabelled reviews."""
+    cfg, rng = JUDGE, np.random.default_rng(SEED + 2)
+    torch.manual_seed(SEED + 2)
+    soft, accuracy = teacher_labels(roles)
+    say(f"judge: teacher (TF-IDF, logistic regression) {accuracy:.3f} on test reviews")
+    ids = encode("tiny-judge", roles["judge"][1]) + encode("tiny-judge", roles["language_model"][1])
+    target = np.concatenate([np.where(roles["judge"][2] == 1, 0.97, 0.03), soft])
+    config = DistilBertConfig(
+        vocab_size=8192, dim=128, n_layers=4, n_heads=4, hidden_dim=512, max_position_embeddings=256, pad_token_id=0,
+        dropout=0.1, attention_dropout=0.1, seq_classif_dropout=0.1,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1},
+    )  # fmt: skip
+    model = DistilBertForSequenceClassification(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg["lr"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    began, tokens, losses = time.time(), 0, []
+    for step in range(cfg["steps"]):
+        scale = min((step + 1) / cfg["warmup"], (cfg["steps"] - step) / (cfg["steps"] - cfg["warmup"]))
+        optimizer.param_groups[0]["lr"] = cfg["lr"] * scale
+        length = int(rng.choice(cfg["windows"], p=(0.4, 0.3, 0.15, 0.15)))
+        rows = np.zeros((max(16, cfg["batch"] * 64 // length), length), np.int64)
+        picked = rng.integers(0, len(ids), len(rows))
+        for b, review in enumerate(picked):
+            start = int(rng.integers(0, max(1, len(ids[review]) - (length - 2) + 1)))
+            window = ids[review][start : start + length - 2]
+            rows[b, : len(window) + 2] = np.concatenate([[2], window, [3]])
+        batch = torch.from_numpy(rows)
+        p = torch.from_numpy(target[picked]).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch, attention_mask=(batch != 0).long()).logits.float()
+        loss = F.cross_entropy(logits, torch.stack([1 - p, p], 1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+        tokens += rows.size
+        rate = tokens / (time.time() - began)
+        if calibrate and time.time() - began > calibrate:
+            return rate
+        if step % 250 == 0 or step == cfg["steps"] - 1:
+            left = (cfg["steps"] - step) * (time.time() - began) / (step + 1) / 60
+            say(f"judge: step {step} loss {np.mean(losses[-250:]):.3f} {rate:.0f} tokens/s, {left:.0f} min left")
+    export(model, "tiny-judge")
+    return rate
+
+
+BUILDERS = {"lm": build_lm, "bert": build_bert, "judge": build_judge}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=["tokenizers", *BUILDERS], help="make these only")
+    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    WORK.mkdir(parents=True, exist_ok=True)
+    roles = imdb_roles()
+    say("roles: " + ", ".join(f"{name} {len(r[0])}" for name, r in roles.items()))
+    if args.calibrate:
+        for name, build in BUILDERS.items():
+            say(f"{name}: {build(roles, calibrate=20):.0f} tokens/s")
+        return 0
+    for name in args.only or ["tokenizers", *BUILDERS]:
+        began = time.time()
+        build_tokenizers(roles) if name == "tokenizers" else BUILDERS[name](roles)
+        say(f"{name}: done in {(time.time() - began) / 60:.1f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
