@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import shutil
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -36,7 +37,12 @@ from transformers import (
     GPT2Tokenizer,
 )
 
-from rlhf_nb_utils.data import imdb_roles
+from rlhf_nb_utils.config import RolloutsConfig
+from rlhf_nb_utils.data import Review, clean_text, deal, imdb_roles, short_review
+from rlhf_nb_utils.models import Policy, load_classifier, load_tokenizer
+from rlhf_nb_utils.ngrams import fit_classifier
+from rlhf_nb_utils.rollouts import sample_many
+from rlhf_nb_utils.tokenizer_bridge import response_texts
 
 ROOT = Path(__file__).resolve().parent
 MODELS = ROOT / "models"
@@ -44,10 +50,22 @@ WORK = ROOT.parent / "runs" / "build"
 SEED = 0
 EOT = "<|endoftext|>"
 WINDOW = 128  # context of tiny-gpt2
+# Attention is "eager" in training: on a CPU, at these lengths, the fused kernel's backward takes half of the step.
 
-LM = dict(tokens=18_000_000, batch=48, lr_matrix=0.02, lr_rest=2e-3, warmup=100, decay=0.45)
-BERT = dict(steps=9_000, batch=96, length=64, lr=1e-3, warmup=300, mask=0.15, temperature=0.07, contrast=0.5)
-JUDGE = dict(steps=5_500, batch=48, lr=6e-4, warmup=200, windows=(32, 64, 128, 256))
+LM = {"tokens": 18_000_000, "batch": 48, "lr_matrix": 0.02, "lr_rest": 2e-3, "warmup": 100, "decay": 0.45}
+BERT = {
+    "steps": 5_000,
+    "batch": 48,
+    "length": 64,
+    "lr": 1.5e-3,
+    "warmup": 200,
+    "mask": 0.15,
+    "temperature": 0.07,
+    "contrast": 0.5,
+}
+JUDGE = {"steps": 5_500, "batch": 48, "lr": 6e-4, "warmup": 200, "windows": (32, 64, 128, 256)}
+EVALUATOR = {"l2": 2e-5}
+REVIEWS = {"samples": 32_000, "temperature": 0.8}
 
 
 def say(text: str) -> None:
@@ -68,7 +86,6 @@ def build_tokenizers(roles) -> None:
     bpe.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
     )
-    GPT2Tokenizer(tokenizer_object=bpe, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=WINDOW)
     fast = GPT2Tokenizer(tokenizer_object=bpe, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=WINDOW)
     fast.save_pretrained(MODELS / "tiny-gpt2")
 
@@ -77,9 +94,7 @@ def build_tokenizers(roles) -> None:
     piece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     piece.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    piece.train_from_iterator(
-        texts, trainers.WordPieceTrainer(vocab_size=8192, special_tokens=special, show_progress=False)
-    )
+    piece.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=8192, special_tokens=special, show_progress=False))
     piece.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -92,14 +107,14 @@ def encode(name: str, texts: list[str]) -> list[np.ndarray]:
     tokenizer = Tokenizer.from_file(str(MODELS / name / "tokenizer.json"))
     out = []
     for start in range(0, len(texts), 2000):
-        out += [np.asarray(e.ids, np.uint16) for e in tokenizer.encode_batch(texts[start : start + 2000], add_special_tokens=False)]
+        batch = tokenizer.encode_batch(texts[start : start + 2000], add_special_tokens=False)
+        out += [np.asarray(encoding.ids, np.uint16) for encoding in batch]
     return out
 
 
 def export(model, name: str) -> None:
     """Weights as fp16 safetensors; config.json says float32, so that a plain `from_pretrained` trains without NaN."""
     path = MODELS / name
-    model = type(model)(model.config).eval().half() if False else model.eval()
     state = {k: v.detach().clone() for k, v in model.state_dict().items()}
     model.half().save_pretrained(path, safe_serialization=True)
     model.float().load_state_dict(state)
@@ -127,7 +142,7 @@ def new_lm() -> GPT2LMHeadModel:
     torch.manual_seed(SEED)
     config = GPT2Config(
         vocab_size=4096, n_positions=WINDOW, n_embd=256, n_layer=4, n_head=4, activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        attn_implementation="eager", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -206,12 +221,12 @@ def build_bert(roles, calibrate: float = 0.0) -> float:
     cfg, rng = BERT, np.random.default_rng(SEED + 1)
     torch.manual_seed(SEED + 1)
     config = BertConfig(
-        vocab_size=8192, hidden_size=192, num_hidden_layers=3, num_attention_heads=6, intermediate_size=768,
+        vocab_size=8192, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512,
         max_position_embeddings=128, type_vocab_size=1, pad_token_id=0,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        attn_implementation="eager", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = BertForMaskedLM(config)
-    project = torch.nn.Linear(192, 128, bias=False)
+    project = torch.nn.Linear(128, 128, bias=False)
     ids = encode("tiny-bert", roles["language_model"][1])
     long = np.asarray([i for i, x in enumerate(ids) if len(x) >= 2 * (cfg["length"] - 2)])
     params = [*model.parameters(), *project.parameters()]
@@ -247,7 +262,7 @@ def build_bert(roles, calibrate: float = 0.0) -> float:
             mlm, nce, hit = np.mean(logs[-200:], 0)
             left = (cfg["steps"] - step) * rows.numel() / rate / 60
             say(f"bert: step {step} masked {mlm:.3f} contrast {nce:.3f} hit {hit:.2f} {rate:.0f} tokens/s, {left:.0f} min left")
-        if step % 1500 == 1499:
+        if step % 1000 == 999:
             export(model, "tiny-bert")
     export(model, "tiny-bert")
     return rate
@@ -279,7 +294,7 @@ def build_judge(roles, calibrate: float = 0.0) -> float:
     target = np.concatenate([np.where(roles["judge"][2] == 1, 0.97, 0.03), soft])
     config = DistilBertConfig(
         vocab_size=8192, dim=128, n_layers=4, n_heads=4, hidden_dim=512, max_position_embeddings=256, pad_token_id=0,
-        dropout=0.1, attention_dropout=0.1, seq_classif_dropout=0.1,
+        attn_implementation="eager", dropout=0.1, attention_dropout=0.1, seq_classif_dropout=0.1,
         id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1},
     )  # fmt: skip
     model = DistilBertForSequenceClassification(config).train()
@@ -315,7 +330,118 @@ def build_judge(roles, calibrate: float = 0.0) -> float:
     return rate
 
 
-BUILDERS = {"lm": build_lm, "bert": build_bert, "judge": build_judge}
+def build_evaluator(roles, calibrate: float = 0.0) -> float:
+    """Logistic regression on hashed words and word pairs, fitted on the evaluator's own reviews and on windows of them."""
+    rng = np.random.default_rng(SEED + 3)
+    _, texts, labels = roles["evaluator"]
+    windows = []
+    for text in texts:
+        words = text.split()
+        start = int(rng.integers(0, max(1, len(words) - 60)))
+        windows.append(" ".join(words[start : start + 60]))
+    began = time.time()
+    model = fit_classifier([*texts, *windows], np.concatenate([labels, labels]), l2=EVALUATOR["l2"])
+    model.save(MODELS / "tiny-evaluator", dtype="float16")
+    return sum(map(len, texts)) / 4 / (time.time() - began)
+
+
+# --- reviews ------------------------------------------------------------------------------------------------------
+
+
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
+
+
+def word_stream(texts: list[str], vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Word ids of all texts one after the other, and for each position the text it belongs to."""
+    lists = [[vocabulary.setdefault(w, len(vocabulary) + 1) for w in WORD.findall(t.lower())] for t in texts]
+    owner = np.repeat(np.arange(len(lists)), [len(x) for x in lists])
+    return np.fromiter((w for x in lists for w in x), np.uint64), owner
+
+
+def runs_of_words(stream: np.ndarray, owner: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A 64-bit hash of every run of ``n`` words within one text, and the text it belongs to."""
+    size = len(stream) - n + 1
+    hashes, prime = np.zeros(size, np.uint64), np.uint64(0x9E3779B97F4A7C15)
+    for k in range(n):
+        hashes = (hashes ^ stream[k : k + size]) * prime + (hashes >> np.uint64(29))
+    inside = owner[:size] == owner[n - 1 :]
+    return hashes[inside], owner[:size][inside]
+
+
+def copied(texts: list[str], roles, n: int = 12) -> np.ndarray:
+    """True for every text that shares a run of ``n`` words, case and punctuation aside, with any review of IMDb."""
+    vocabulary: dict[str, int] = {}
+    known = np.unique(np.concatenate([runs_of_words(*word_stream(r[1], vocabulary), n)[0] for r in roles.values()]))
+    hashes, owner = runs_of_words(*word_stream(texts, vocabulary), n)
+    hit = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes
+    out = np.zeros(len(texts), bool)
+    out[owner[hit]] = True
+    return out
+
+
+def degenerate(text: str) -> bool:
+    """Repeats itself: a three-word run twice, or one word in a row, or too few different words."""
+    words = [w.lower() for w in WORD.findall(text)]
+    runs = Counter(zip(words, words[1:], words[2:]))
+    return (
+        any(count > 1 for count in runs.values()) or any(a == b for a, b in pairwise(words)) or len(set(words)) < 0.6 * len(words)
+    )
+
+
+def build_reviews(roles, calibrate: float = 0.0) -> float:
+    """Sample the twin from the document mark alone, cut to short complete reviews, filter, label, deal out the uses."""
+    model = new_lm()
+    model.load_state_dict(torch.load(WORK / "twin.pt", weights_only=True))
+    policy, tokenizer = Policy(model), load_tokenizer("tiny-gpt2")
+    cfg = RolloutsConfig(response_length=64, temperature=REVIEWS["temperature"], batch_size=256)
+    began, texts, tokens = time.time(), [], 0
+    count = 512 if calibrate else REVIEWS["samples"]
+    for start in range(0, count, 2048):
+        rows = min(2048, count - start)
+        rollout = sample_many(policy, [[tokenizer.bos_token_id]] * rows, cfg, tokenizer, seed=SEED + 1 + start)
+        texts += response_texts(tokenizer, rollout.responses, rollout.mask)
+        tokens += int(rollout.mask.sum())
+        say(f"reviews: {len(texts)} sampled, {tokens / (time.time() - began):.0f} tokens/s")
+    if calibrate:
+        return tokens / (time.time() - began)
+    known = Counter(w for role in ("language_model", "judge") for t in roles[role][1] for w in WORD.findall(t.lower()))
+    dropped, kept, seen = Counter(), [], set()
+    for text in texts:
+        short = short_review(clean_text(text))
+        length = len(tokenizer(short)["input_ids"]) if short else 0
+        reason = (
+            "no sentence ends within 12 to 45 words, or an odd opening" if short is None
+            else "not 15 to 60 tokens" if not 15 <= length <= 60
+            else "characters that are not plain" if not short.isascii() or re.search(r"[#@*_/\\<>{}\[\]=~^|]", short)
+            else "unbalanced quotes or brackets" if short.count('"') % 2 or short.count("(") != short.count(")")
+            else "an invented word" if any(known[w.lower()] < 5 for w in WORD.findall(short))
+            else "repeats itself" if degenerate(short)
+            else "a duplicate" if short.lower() in seen
+            else None
+        )  # fmt: skip
+        if reason:
+            dropped[reason] += 1
+            continue
+        seen.add(short.lower())
+        kept.append(short)
+    copies = copied(kept, roles)
+    dropped["12 consecutive words stand in IMDb"] = int(copies.sum())
+    kept = [text for text, copy in zip(kept, copies) if not copy]
+    for reason, number in dropped.most_common():
+        say(f"reviews: dropped {number}: {reason}")
+    scores = load_classifier("tiny-judge").score(kept)
+    reviews = [Review(f"sampled-{i:05d}", text, int(score > 0)) for i, (text, score) in enumerate(zip(kept, scores))]
+    rows = [
+        {"id": r.id, "text": r.text, "label": r.label, "score": round(float(scores[int(r.id[-5:])]), 3), "role": role}
+        for role, part in deal(reviews).items()
+        for r in part
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), ROOT / "reviews.parquet", compression="zstd")
+    say(f"reviews: kept {len(kept)}, {np.mean(scores > 0):.3f} positive by the judge")
+    return tokens / (time.time() - began)
+
+
+BUILDERS = {"lm": build_lm, "bert": build_bert, "judge": build_judge, "evaluator": build_evaluator, "reviews": build_reviews}
 
 
 def main() -> int:

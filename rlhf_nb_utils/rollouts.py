@@ -1,0 +1,185 @@
+"""Rollouts: one sampling loop with a KV cache that keeps logprobs and values while it samples.
+
+Knows token ids, masks and a policy. Does not know rewards, references or training. Finished rows leave the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from rlhf_nb_utils.config import CourseError, RolloutsConfig
+from rlhf_nb_utils.models import Policy, autocast, position_ids
+
+# Compacting the cache copies it: wait until this share of the rows in it has finished.
+COMPACT_SHARE = 0.125
+
+
+class RolloutError(CourseError):
+    """A query that cannot be sampled from."""
+
+
+@dataclass
+class Rollout:
+    """A batch of sampled responses. ``mask`` is True on real response tokens, EOS included.
+
+    queries (B, Q) int64, padded on the left; query_mask (B, Q) bool; responses (B, T) int64, padded on the right;
+    mask (B, T) bool; ended (B,) bool, True where the response ends by its own EOS; logprobs (B, T) fp32, of the sampled
+    tokens under the full distribution at the sampling temperature; values (B, T) fp32 of the states before each token.
+    """
+
+    queries: torch.Tensor
+    query_mask: torch.Tensor
+    responses: torch.Tensor
+    mask: torch.Tensor
+    ended: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """(B, Q + T): query and response side by side."""
+        return torch.cat([self.queries, self.responses], 1)
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """(B, Q + T) bool, built anew: writing into it changes neither mask."""
+        return torch.cat([self.query_mask, self.mask], 1)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(B,) number of real response tokens, EOS included."""
+        return self.mask.sum(1)
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, rows) -> Rollout:
+        return Rollout(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+
+    def to(self, device) -> Rollout:
+        return Rollout(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+    def response_ids(self) -> list[list[int]]:
+        """The real tokens of each response, EOS included."""
+        return [row[keep].tolist() for row, keep in zip(self.responses.cpu(), self.mask.cpu())]
+
+    @staticmethod
+    def cat(parts: list[Rollout]) -> Rollout:
+        """Rollouts below each other, queries padded further on the left and responses on the right."""
+        wide_q, wide_t = max(p.queries.shape[1] for p in parts), max(p.responses.shape[1] for p in parts)
+
+        def widen(part: Rollout, name: str) -> torch.Tensor:
+            x = getattr(part, name)
+            if x.ndim == 1:
+                return x
+            left = wide_q - x.shape[1] if name.startswith("quer") else 0
+            right = 0 if name.startswith("quer") else wide_t - x.shape[1]
+            return torch.nn.functional.pad(x, (left, right))
+
+        return Rollout(*(torch.cat([widen(p, f.name) for p in parts]) for f in dataclasses.fields(Rollout)))
+
+
+def pad_queries(query_ids: list[list[int]], pad_token_id: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries (B, Q) padded on the left, and their mask (B, Q) bool, made from lengths and never from the pad id."""
+    if not query_ids or any(len(ids) == 0 for ids in query_ids):
+        raise RolloutError("an empty prompt: every query needs at least one token (a BOS token will do)")
+    width = max(map(len, query_ids))
+    queries = torch.full((len(query_ids), width), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros((len(query_ids), width), dtype=torch.bool)
+    for row, ids in enumerate(query_ids):
+        queries[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = True
+    return queries.to(device), mask.to(device)
+
+
+def encode_queries(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each opening, with BOS in front where the tokenizer has one. Raises RolloutError if one is empty."""
+    if any(not text.strip() for text in texts):
+        raise RolloutError("an empty prompt: give at least one word")
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [bos + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Logits (B, V) with everything outside the top k, or the nucleus of mass ``top_p``, at −inf (Holtzman et al. 2020)."""
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        outside = probs.cumsum(-1) - probs >= top_p  # the token that crosses the threshold stays
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return logits
+
+
+@torch.no_grad()
+def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, tokenizer, generator, bf16: bool = False) -> Rollout:
+    """Sample one response per query (B of them), at most ``cfg.response_length`` tokens, EOS included.
+
+    ``tokenizer`` gives ``eos_token_id`` and ``pad_token_id``; ``generator`` is a torch.Generator on the policy's device.
+    Raises RolloutError for an empty query, or one that leaves no room for the response in the policy's context.
+    """
+    device, eos = policy.device, tokenizer.eos_token_id
+    queries, query_mask = pad_queries(query_ids, tokenizer.pad_token_id, device)
+    rows, width, length = len(query_ids), queries.shape[1], cfg.response_length
+    if width + length > policy.context_length:
+        raise RolloutError(
+            f"a prompt of {width} tokens and a response of {length} do not fit into a context of {policy.context_length}: "
+            "shorten the prompt, or rollouts.response_length"
+        )
+    responses = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.int64, device=device)
+    mask = torch.zeros((rows, length), dtype=torch.bool, device=device)
+    logprobs, values = torch.zeros((2, rows, length), dtype=torch.float32, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    cache, alive = DynamicCache(config=policy.lm.config), torch.arange(rows, device=device)
+    attention, tokens = query_mask.long(), queries
+    for t in range(length):
+        positions = position_ids(attention)[:, -tokens.shape[1] :]
+        with autocast(device, bf16):
+            hidden = policy.lm.base_model(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            logits = policy.lm.get_output_embeddings()(hidden).float() / cfg.temperature
+            value = policy.value_head(hidden).squeeze(-1).float() if policy.value_trunk is None else 0.0
+        probs = filter_logits(logits, cfg.top_k, cfg.top_p).softmax(-1)
+        token = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        going = ~ended[alive]
+        keep = alive[going]
+        responses[keep, t], mask[keep, t] = token[going], True
+        logprobs[alive, t] = torch.where(going, logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1), 0.0)
+        values[alive, t] = torch.where(going, value, 0.0)
+        ended[keep] = token[going] == eos
+        left = ~ended[alive]
+        if not left.any():
+            break
+        tokens, attention = token[:, None], torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
+        if (~left).float().mean() >= COMPACT_SHARE:
+            stay = left.nonzero().squeeze(1)
+            cache.batch_select_indices(stay)
+            alive, tokens, attention = alive[stay], tokens[stay], attention[stay]
+    rollout = Rollout(queries, query_mask, responses, mask, ended, logprobs, values)
+    if policy.value_trunk is not None:
+        with autocast(device, bf16):
+            rollout.values = policy.values(rollout.input_ids, rollout.attention_mask, length) * mask
+    return rollout
+
+
+def sample_many(policy, query_ids, cfg: RolloutsConfig, tokenizer, seed: int, bf16: bool = False, progress=None) -> Rollout:
+    """``sample`` in batches of ``cfg.batch_size``, reproducible from ``seed``; ``progress(done, total)`` after each."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    parts = []
+    for start in range(0, len(query_ids), cfg.batch_size):
+        parts.append(sample(policy, query_ids[start : start + cfg.batch_size], cfg, tokenizer, generator, bf16))
+        if progress:
+            progress(min(start + cfg.batch_size, len(query_ids)), len(query_ids))
+    return Rollout.cat(parts)

@@ -1,0 +1,414 @@
+"""Stages: supervised fine-tuning, preferences, reward model, PPO, evaluation; each built once and found again.
+
+A stage's folder is named by a hash of its settings, its data, the package's code and the stages before it. It is written
+under another name and renamed when complete. Knows files and the order of the stages; the algorithms are elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+
+from rlhf_nb_utils import checkpoint, data, models
+from rlhf_nb_utils import evaluation as ev
+from rlhf_nb_utils import ppo as ppo_
+from rlhf_nb_utils import preferences as pf
+from rlhf_nb_utils import sft as sft_
+from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, runs_dir
+from rlhf_nb_utils.reward_model import RewardModel, bag_of_words_baseline, pairwise_accuracy, score_comparisons
+from rlhf_nb_utils.reward_model import train as train_reward_model
+from rlhf_nb_utils.rollouts import encode_queries, sample_many
+from rlhf_nb_utils.tokenizer_bridge import response_texts
+from rlhf_nb_utils.tracking import MetricsLogger, read_metrics
+
+# What each stage reads of the settings, and the stages before it.
+SETTINGS = {
+    "sft": ("device", "data.source", "data.n_sft", "data.min_opening_words", "data.max_opening_words", "models.policy",
+            "models.dtype", "models.autocast", "sft"),
+    "preferences": ("data.n_preferences", "models.judge", "rollouts.response_length", "rollouts.batch_size", "preferences"),
+    "reward_model": ("models.reward_backbone", "reward_model"),
+    "ppo": ("data.n_ppo", "rollouts", "ppo"),
+    "evaluation": ("data.n_evaluation", "models.evaluator", "evaluation"),
+}  # fmt: skip
+PARENTS = {"sft": (), "preferences": ("sft",), "reward_model": ("preferences",), "ppo": ("reward_model",), "evaluation": ("ppo",)}
+# Figures, the command line and what is only shown cannot change a result.
+NOT_HASHED = {"plots.py", "widgets.py", "course.py", "runner.py", "exercises.py", "stages.py"}
+STAGE_VERSION = 1  # raise it when what a stage writes changes
+DONE = "stage.json"
+EVALUATED_PROMPTS = 64  # of the PPO prompts, kept from training for the curve of a run
+
+
+class StageError(CourseError):
+    """A stage that is being built elsewhere, or cannot be."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its folder, its figures, and its rows of metrics in order."""
+
+    name: str
+    path: Path
+    summary: dict[str, Any]
+
+    @property
+    def history(self) -> list[dict]:
+        return read_metrics(self.path)
+
+
+# --- finding, locking, building -------------------------------------------------------------------------------------
+
+
+@cache
+def _code_hash() -> str:
+    files = sorted(p for p in Path(__file__).parent.glob("*.py") if p.name not in NOT_HASHED)
+    return _digest(*(p.read_bytes() for p in files), str(STAGE_VERSION).encode())
+
+
+@cache
+def _data_hash() -> str:
+    files = sorted(p for p in DATA.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".parquet", ".json"))
+    return _digest(*(p.read_bytes() for p in files))
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
+
+
+def _identity(cfg: Config, name: str) -> dict[str, Any]:
+    """All that decides the stage's result, as JSON."""
+    values = cfg.model_dump(mode="json")
+    chosen: dict[str, Any] = {"seed": cfg.seed}
+    for key in SETTINGS[name]:
+        value = values
+        for part in key.split("."):
+            value = value[part]
+        chosen |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    before = {parent: stage_hash(cfg, parent) for parent in PARENTS[name]}
+    return {"settings": chosen, "code": _code_hash(), "data": _data_hash(), "before": before}
+
+
+def stage_hash(cfg: Config, name: str) -> str:
+    """The chained hash of a stage: 12 hexadecimal digits."""
+    return _digest(json.dumps(_identity(cfg, name), sort_keys=True).encode())[:12]
+
+
+def stage_dir(cfg: Config, name: str) -> Path:
+    """Where the stage lies, or will lie: ``<runs>/<profile>/stages/<name>-<hash>``."""
+    return runs_dir() / cfg.profile / "stages" / f"{name}-{stage_hash(cfg, name)}"
+
+
+def find(cfg: Config, name: str) -> Stage | None:
+    """The stage if it is there and complete, else None."""
+    path = stage_dir(cfg, name)
+    try:
+        record = json.loads((path / DONE).read_text(encoding="utf-8"))
+        complete = all((path / file).stat().st_size == size for file, size in record["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return Stage(name, path, record["summary"]) if complete else None
+
+
+def require(cfg: Config, name: str) -> Stage:
+    """The finished stage, or StageError that names the command which builds it."""
+    stage = find(cfg, name)
+    if stage is None:
+        raise StageError(
+            f"stage {name} is missing or stale: `python -m rlhf_nb_utils.course stage {name} --profile {cfg.profile}`"
+        )
+    return stage
+
+
+def _why(cfg: Config, name: str) -> str:
+    """One line on why the stage is built: never built, half-written, or what has changed since."""
+    path, now = stage_dir(cfg, name), _identity(cfg, name)
+    if path.exists():
+        return "it is half-written"
+    others = sorted(path.parent.glob(f"{name}-*/{DONE}"), key=lambda p: p.stat().st_mtime)
+    if not others:
+        return "it is not there yet"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        then = json.loads(others[-1].read_text(encoding="utf-8"))["identity"]
+        for key, value in now["settings"].items():
+            if then["settings"].get(key) != value:
+                return f"{key} was {then['settings'].get(key)} and is {value}"
+        return next((f"{part} changed" for part in ("data", "code", "before") if then[part] != now[part]), "it changed")
+    return "it changed"
+
+
+def _build(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]]) -> Stage:
+    """Find the stage, or let ``make(folder)`` write it and return its summary. One builder at a time."""
+    path = stage_dir(cfg, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.parent / f".{path.name}.lock", timeout=0):
+            if stage := find(cfg, name):
+                return stage
+            print(f"stage {name}: building, because {_why(cfg, name)}", file=sys.stderr)
+            shutil.rmtree(path, ignore_errors=True)
+            work = path.with_name(path.name + ".partial")
+            work.mkdir(exist_ok=True)
+            summary = make(work)
+            files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
+            record = {"identity": _identity(cfg, name), "summary": summary, "files": files}
+            checkpoint.write_json_atomic(work / DONE, record)
+            os.replace(work, path)
+            return Stage(name, path, summary)
+    except Timeout:
+        raise StageError(f"stage {name} is being built by another run: wait for it, or give this one its own --out") from None
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise StageError(f"the disk is full at {path.parent}: free some space; finished stages are kept") from None
+        raise
+
+
+def _log_rows(folder: Path, rows: list[dict], prefix: str) -> None:
+    with MetricsLogger(folder) as logger:
+        for row in rows:
+            logger.log(row["step"], {f"{prefix}/{key}": value for key, value in row.items() if key != "step"})
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
+
+
+def sft(cfg: Config, callback=None) -> Stage:
+    """The SFT policy. ``callback(step, steps, row)`` follows its training."""
+
+    def make(folder: Path) -> dict:
+        device = models.pick_device(cfg.device)
+        policy = models.load_policy(cfg.models.policy, cfg.models.dtype).to(device)
+        tokenizer = models.load_tokenizer(cfg.models.policy)
+        demos = [data.split_opening(r, cfg.data) for r in data.load_reviews(cfg.data, "sft")]
+        heldout, demos = demos[: len(demos) // 10], demos[len(demos) // 10 :]
+        bf16 = cfg.models.autocast
+        torch.manual_seed(cfg.seed)
+        before = sft_.heldout_loss(policy, tokenizer, heldout, cfg.sft, bf16)
+        rows = sft_.train(policy, tokenizer, demos, cfg.sft, cfg.seed, bf16, heldout, callback)
+        policy.save(folder)
+        tokenizer.save_pretrained(folder)
+        _log_rows(folder, rows, "sft")
+        return {"heldout_loss_before": before, "heldout_loss": rows[-1]["heldout_loss"], "steps": len(rows)}
+
+    return _build(cfg, "sft", make)
+
+
+def load_policy(stage: Stage, cfg: Config) -> tuple[models.Policy, Any]:
+    """The policy an SFT or PPO stage made, on the device of ``cfg``, and its tokenizer. A fresh critic for an SFT stage."""
+    separate = cfg.ppo.critic == "separate"
+    policy = models.load_policy(str(stage.path), cfg.models.dtype, separate).to(models.pick_device(cfg.device))
+    return policy, models.load_tokenizer(str(stage.path))
+
+
+def preferences(cfg: Config, callback=None) -> Stage:
+    """Comparisons of the SFT policy's own completions, labelled by the simulated annotator."""
+    first = sft(cfg)
+
+    def make(folder: Path) -> dict:
+        policy, tokenizer = load_policy(first, cfg)
+        prompts, many = _prompts(cfg, "preferences"), cfg.preferences.responses_per_prompt
+        rollouts = cfg.rollouts.model_copy(update={"temperature": cfg.preferences.temperature})
+        ids = [ids for ids in encode_queries(tokenizer, prompts) for _ in range(many)]
+        sampled = sample_many(policy, ids, rollouts, tokenizer, cfg.seed + 1, cfg.models.autocast, callback)
+        texts = response_texts(tokenizer, sampled.responses, sampled.mask)
+        groups = [texts[i : i + many] for i in range(0, len(texts), many)]
+        scorer = pf.make_scorer(cfg.preferences.criterion, cfg)
+        comparisons = pf.build_comparisons(prompts, groups, scorer, cfg.preferences.noise, cfg.seed)
+        train, heldout = pf.split_by_prompt(comparisons, cfg.preferences.heldout_fraction, cfg.seed)
+        pf.save_labels(folder / "train.jsonl", train)
+        pf.save_labels(folder / "heldout.jsonl", heldout)
+        agreement = pf.agreement(heldout)
+        return {
+            "train": len(train),
+            "heldout": len(heldout),
+            "ties": pf.tie_share([c.scores for c in comparisons]),
+            "eos_rate": sampled.ended.float().mean().item(),
+            "label_agreement": agreement.rate,
+        }
+
+    return _build(cfg, "preferences", make)
+
+
+def load_comparisons(stage: Stage) -> tuple[list[data.Comparison], list[data.Comparison]]:
+    """(train, held-out) comparisons of a preferences stage; no prompt is in both."""
+    return tuple(pf.load_labels(stage.path / f"{part}.jsonl") for part in ("train", "heldout"))
+
+
+def reward_model(cfg: Config, callback=None) -> Stage:
+    """The reward model, measured on held-out comparisons beside the bag-of-words baseline."""
+    first, compared = sft(cfg), preferences(cfg)
+
+    def make(folder: Path) -> dict:
+        settings, torch_seed = cfg.reward_model, cfg.seed
+        train, heldout = load_comparisons(compared)
+        torch.manual_seed(torch_seed)
+        source = str(first.path) if settings.backbone == "policy" else cfg.models.reward_backbone
+        pooling = "last" if settings.backbone == "policy" and settings.pooling == "first" else settings.pooling
+        model = RewardModel.from_backbone(source, pooling=pooling, max_length=settings.max_length, seed=torch_seed)
+        model.to(models.pick_device(cfg.device))
+        history = train_reward_model(model, train, cfg, heldout, callback)
+        model.set_normalisation(model.score([c.query for c in heldout], [c.responses[0] for c in heldout]))
+        model.save(folder)
+        _log_rows(folder, history["steps"], "reward_model")
+        measured = pairwise_accuracy(score_comparisons(model.score, heldout), heldout)
+        _, words = bag_of_words_baseline(train, heldout)
+        return {"accuracy": measured._asdict(), "bag_of_words": words._asdict(), "steps": len(history["steps"])}
+
+    return _build(cfg, "reward_model", make)
+
+
+def load_reward_model(stage: Stage, cfg: Config) -> RewardModel:
+    """The reward model a stage made, on the device of ``cfg``."""
+    return RewardModel.load(stage.path, models.pick_device(cfg.device))
+
+
+def ppo(cfg: Config, callback=None, reward_fn: ppo_.RewardFn | None = None) -> Stage:
+    """PPO from the SFT policy against the reward model. Killed at any moment, it goes on from its last checkpoint.
+
+    ``callback(state, metrics, samples)`` follows it. ``reward_fn`` in place of the reward model is not a stage of its
+    own (a function has no hash): call ``rlhf_nb_utils.ppo.train`` for that.
+    """
+    first, scored = sft(cfg), reward_model(cfg)
+
+    def make(folder: Path) -> dict:
+        policy, tokenizer = load_policy(first, cfg)
+        reference = models.frozen_copy(policy)  # always the SFT policy, also after a resume
+        scorer = load_reward_model(scored, cfg).score
+        prompts = _prompts(cfg, "ppo")
+        kept = min(EVALUATED_PROMPTS, len(prompts) // 4)
+        train_prompts, watch = prompts[kept:], prompts[:kept]
+        torch.manual_seed(cfg.seed)
+        state = ppo_.prepare(policy, reference, scorer, train_prompts, tokenizer, cfg)
+        restore(state, folder)
+        with MetricsLogger(folder) as logger:
+            logger.truncate(state.iteration)
+            callbacks = [
+                _watcher(cfg, scorer, watch, tokenizer),
+                lambda state, metrics, _: logger.log(state.iteration, {f"ppo/{k}": v for k, v in metrics.items()}),
+                lambda state, _, samples: _append(folder / "samples.jsonl", state.iteration, samples),
+                lambda state, *_: save(state, folder, cfg),
+                *([callback] if callback else []),
+            ]
+            ppo_.train(state, scorer, train_prompts, tokenizer, cfg, callbacks)
+        policy.save(folder)
+        tokenizer.save_pretrained(folder)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        last = read_metrics(folder)[-1]
+        return {"iterations": state.iteration, "score_mean": state.score_mean, "score_std": state.score_std} | {
+            key: last[f"ppo/{key}"] for key in ("score", "kl", "eos_rate", "length")
+        }
+
+    return _build(cfg, "ppo", make)
+
+
+def _watcher(cfg: Config, scorer, prompts: list[str], tokenizer):
+    """A callback that adds the mean score on prompts PPO does not train on, every ``evaluation_interval`` iterations."""
+
+    def watch(state, metrics, _samples) -> None:
+        if state.iteration % cfg.ppo.evaluation_interval == 0 or state.iteration in (1, cfg.ppo.iterations):
+            ids = encode_queries(tokenizer, prompts)
+            rollout = sample_many(state.policy, ids, cfg.rollouts, tokenizer, cfg.seed, cfg.models.autocast)
+            scores = ppo_.scores_of(scorer, prompts, response_texts(tokenizer, rollout.responses, rollout.mask), "cpu")
+            metrics["evaluation_score"] = scores.mean().item()
+            metrics["evaluation_eos_rate"] = rollout.ended.float().mean().item()
+
+    return watch
+
+
+def _append(path: Path, iteration: int, samples) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for query, response in samples:
+            file.write(json.dumps({"iteration": iteration, "query": query, "response": response}) + "\n")
+
+
+def save(state: ppo_.TrainState, folder: Path, cfg: Config) -> None:
+    """A checkpoint of a PPO run, every ``checkpoint_interval`` iterations; the last two are kept."""
+    if state.iteration % cfg.ppo.checkpoint_interval:
+        return
+    optimizer, groups = checkpoint.optimizer_to_tensors(state.optimizer)
+    tensors = {"policy": dict(state.policy.named_parameters()), "optimizer": optimizer}
+    if cfg.ppo.ref_update_interval:  # otherwise the reference is the SFT policy, and nothing else may pose as it
+        tensors["reference"] = dict(state.reference.named_parameters())
+    facts = {
+        "iteration": state.iteration,
+        "score_mean": state.score_mean,
+        "score_std": state.score_std,
+        "kl_controller": state.kl_controller.state_dict(),
+        "optimizer": groups,
+    }
+    checkpoint.save(folder / "checkpoints" / f"{state.iteration:06d}", tensors, facts)
+
+
+def restore(state: ppo_.TrainState, folder: Path) -> None:
+    """Put the newest sound checkpoint of ``folder``, if there is one, into a prepared run."""
+    path = checkpoint.latest(folder / "checkpoints")
+    if path is None:
+        return
+    tensors, facts = checkpoint.load(path)
+    for name in ("policy", "reference"):
+        if name in tensors:
+            getattr(state, name).load_state_dict(tensors[name], strict=False)
+    checkpoint.optimizer_from_tensors(state.optimizer, tensors["optimizer"], facts["optimizer"])
+    state.kl_controller.load_state_dict(facts["kl_controller"])
+    state.iteration, state.score_mean, state.score_std = (facts[k] for k in ("iteration", "score_mean", "score_std"))
+
+
+def evaluation(cfg: Config, callback=None) -> Stage:
+    """SFT and PPO policies on the same evaluation prompts: gold, proxy and independent scores, KL, best-of-n."""
+    first, scored, trained = sft(cfg), reward_model(cfg), ppo(cfg)
+
+    def make(folder: Path) -> dict:
+        reference, tokenizer = load_policy(first, cfg)
+        policy, _ = load_policy(trained, cfg)
+        prompts = _prompts(cfg, "evaluation")[: cfg.evaluation.n_prompts]
+        scorers = make_scorers(cfg, load_reward_model(scored, cfg))
+        after = ev.evaluate(policy, reference, tokenizer, prompts, scorers, cfg)
+        before = ev.evaluate(reference, reference, tokenizer, prompts, scorers, cfg)
+        few = prompts[: cfg.evaluation.best_of_prompts]
+        best = ev.best_of_n(reference, tokenizer, few, scorers["proxy"], scorers["gold"], cfg)
+        before.save(folder / "before.parquet")
+        after.save(folder / "after.parquet")
+        save_file({"proxy": torch.from_numpy(best.proxy), "gold": torch.from_numpy(best.gold)}, folder / "best_of_n.safetensors")
+        positive = {key: float((e.scores["gold"] > 0).mean()) for key, e in (("before", before), ("after", after))}
+        wins = ev.win_rate(after.scores["gold"], before.scores["gold"], cfg.evaluation.bootstrap_samples, cfg.seed)
+        return {"gold_positive": positive, "kl": float(after.kl.mean()), "gold_win_rate": [wins.rate, wins.low, wins.high]}
+
+    return _build(cfg, "evaluation", make)
+
+
+def load_evaluation(stage: Stage) -> tuple[ev.Evaluation, ev.Evaluation, dict[str, torch.Tensor]]:
+    """(SFT, PPO, best-of-n scores) of an evaluation stage."""
+    before, after = (ev.Evaluation.load(stage.path / f"{part}.parquet") for part in ("before", "after"))
+    return before, after, load_file(str(stage.path / "best_of_n.safetensors"))
+
+
+def make_scorers(cfg: Config, scorer: RewardModel) -> dict[str, ppo_.RewardFn]:
+    """``gold`` (the annotator's taste), ``proxy`` (the reward model) and ``independent``: each ``(queries, responses) -> scores``."""
+    judge = pf.make_scorer(cfg.preferences.criterion, cfg)
+    independent = models.load_classifier(cfg.models.evaluator, models.pick_device(cfg.device))
+
+    def on_text(score):
+        return lambda queries, responses: score([q + r for q, r in zip(queries, responses)])
+
+    return {"gold": on_text(judge), "proxy": scorer.score, "independent": on_text(independent.score)}
+
+
+def _prompts(cfg: Config, role: str) -> list[str]:
+    return [data.split_opening(review, cfg.data)[0] for review in data.load_reviews(cfg.data, role)]
+
+
+__all__ = ["ROOT", "evaluation", "find", "ppo", "preferences", "require", "reward_model", "sft", "stage_dir"]
