@@ -24,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from scipy import sparse
+from scipy.sparse.linalg import svds
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -39,7 +41,7 @@ from transformers import (
 
 from rlhf_nb_utils.config import RolloutsConfig
 from rlhf_nb_utils.data import Review, clean_text, deal, imdb_roles, short_review
-from rlhf_nb_utils.models import Policy, load_classifier, load_tokenizer
+from rlhf_nb_utils.models import Policy, load_classifier, load_policy, load_tokenizer
 from rlhf_nb_utils.ngrams import fit_classifier
 from rlhf_nb_utils.rollouts import sample_many
 from rlhf_nb_utils.tokenizer_bridge import response_texts
@@ -52,7 +54,7 @@ EOT = "<|endoftext|>"
 WINDOW = 128  # context of tiny-gpt2
 # Attention is "eager" in training: on a CPU, at these lengths, the fused kernel's backward takes half of the step.
 
-LM = {"tokens": 18_000_000, "batch": 48, "lr_matrix": 0.02, "lr_rest": 2e-3, "warmup": 100, "decay": 0.45}
+LM = {"tokens": 15_000_000, "batch": 48, "lr_matrix": 0.02, "lr_rest": 2e-3, "warmup": 100, "decay": 0.45}
 BERT = {
     "steps": 5_000,
     "batch": 48,
@@ -142,7 +144,8 @@ def new_lm() -> GPT2LMHeadModel:
     torch.manual_seed(SEED)
     config = GPT2Config(
         vocab_size=4096, n_positions=WINDOW, n_embd=256, n_layer=4, n_head=4, activation_function="gelu_pytorch_tanh",
-        attn_implementation="eager", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        attn_implementation="eager", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -213,6 +216,26 @@ def bert_batch(ids: list[np.ndarray], long: np.ndarray, rng, cfg) -> torch.Tenso
     return torch.from_numpy(rows.reshape(-1, length))
 
 
+def ppmi_vectors(ids: list[np.ndarray], vocabulary: int, size: int, reach: int = 5) -> torch.Tensor:
+    """(vocabulary, size) vectors of the tokens' company: positive pointwise mutual information of tokens within ``reach``
+    of each other, factored (Levy and Goldberg 2014, §3). Counted from text alone, like the rest of this pre-training."""
+    stream = np.concatenate(ids).astype(np.int64)
+    counts = sparse.csr_matrix((vocabulary, vocabulary), dtype=np.float64)
+    for gap in range(1, reach + 1):
+        pairs, times = np.unique(stream[:-gap] * vocabulary + stream[gap:], return_counts=True)
+        counts += sparse.csr_matrix((times / gap, (pairs // vocabulary, pairs % vocabulary)), shape=counts.shape)
+    counts = (counts + counts.T).tocoo()
+    total, rows = counts.data.sum(), np.asarray(counts.sum(1)).ravel()
+    # The 0.75 smooths rare contexts, whose information would be overrated.
+    smooth = rows**0.75 / (rows**0.75).sum()
+    information = np.log(counts.data / total / (rows[counts.row] / total * smooth[counts.col]))
+    keep = information > 0
+    table = sparse.csr_matrix((information[keep], (counts.row[keep], counts.col[keep])), shape=counts.shape)
+    u, s, _ = svds(table, k=size, random_state=SEED)
+    vectors = u * np.sqrt(s)
+    return torch.from_numpy(np.ascontiguousarray(vectors / vectors.std() * 0.05)).float()
+
+
 def build_bert(roles, calibrate: float = 0.0) -> float:
     """Masked-token prediction plus contrast of two windows of one review (InfoNCE, van den Oord et al. 2018).
 
@@ -228,6 +251,8 @@ def build_bert(roles, calibrate: float = 0.0) -> float:
     model = BertForMaskedLM(config)
     project = torch.nn.Linear(128, 128, bias=False)
     ids = encode("tiny-bert", roles["language_model"][1])
+    model.bert.embeddings.word_embeddings.weight.data.copy_(ppmi_vectors(ids, 8192, config.hidden_size))
+    say("bert: embeddings started from co-occurrence")
     long = np.asarray([i for i, x in enumerate(ids) if len(x) >= 2 * (cfg["length"] - 2)])
     params = [*model.parameters(), *project.parameters()]
     optimizer = torch.optim.AdamW(params, lr=cfg["lr"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -441,22 +466,100 @@ def build_reviews(roles, calibrate: float = 0.0) -> float:
     return tokens / (time.time() - began)
 
 
+# --- figures of the datasheet -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bits_per_byte(model, texts: list[str]) -> tuple[float, float]:
+    """(bits per UTF-8 byte, nats per token): each review on its own behind one EOT, windows of 128 tokens that do not
+    overlap (each starts from the last token of the one before), every token of the text scored, nothing else."""
+    nats = tokens = 0.0
+    for start in range(0, len(texts), 200):
+        windows = []
+        for ids in encode("tiny-gpt2", texts[start : start + 200]):
+            stream = np.concatenate([[0], ids.astype(np.int64)])
+            windows += [stream[i : i + WINDOW + 1] for i in range(0, len(stream) - 1, WINDOW)]
+        for at in range(0, len(windows), 64):
+            rows = np.full((len(windows[at : at + 64]), WINDOW + 1), -100)
+            for row, window in zip(rows, windows[at : at + 64]):
+                row[: len(window)] = window
+            batch = torch.from_numpy(rows)
+            logits = model(batch[:, :-1].clamp(min=0)).logits
+            nats += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
+            tokens += int((batch[:, 1:] != -100).sum())
+    return nats / np.log(2) / sum(len(t.encode()) for t in texts), nats / tokens
+
+
+def word_windows(texts: list[str], tokenizer, tokens: int = 58) -> list[str]:
+    """One random window of ``tokens`` WordPiece tokens of each text, as text (seed 0)."""
+    rng, out = np.random.default_rng(0), []
+    for text in texts:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        first = int(rng.integers(0, max(1, len(offsets) - tokens + 1)))
+        window = offsets[first : first + tokens]
+        out.append(text[window[0][0] : window[-1][1]])
+    return out
+
+
+def evaluate(roles) -> None:
+    """Print every figure of data/README.md with its protocol."""
+    _, texts, labels = roles["test"]
+    for name, path in (("tiny-gpt2 (base, shipped)", MODELS / "tiny-gpt2"), ("annealed twin", WORK / "twin.pt")):
+        if path.exists():
+            model = new_lm() if path.suffix else load_policy("tiny-gpt2").lm
+            if path.suffix:
+                model.load_state_dict(torch.load(path, weights_only=True))
+            bits, nats = bits_per_byte(model.eval(), texts[:2000])
+            print(
+                f"{name}: {bits:.3f} bits/byte, {nats:.3f} nats/token on the first 2,000 test reviews; {bits_per_byte.__doc__.split(':')[1]}"
+            )
+    judge, evaluator = load_classifier("tiny-judge"), load_classifier("tiny-evaluator")
+    windows = word_windows(texts, judge.tokenizer)
+    for name, model in (("tiny-judge", judge), ("tiny-evaluator", evaluator)):
+        whole, part = (float(((model.score(t) > 0) == (labels == 1)).mean()) for t in (texts, windows))
+        print(f"{name}: {whole:.3f} of {len(texts)} whole test reviews (judge: first 256 tokens), {part:.3f} of one random")
+        print("    window of 58 WordPiece tokens of each (seed 0); threshold 0, text cleaned, [CLS] … [SEP] around it")
+    rows = pq.read_table(ROOT / "reviews.parquet").to_pylist()
+    tokenizer = load_tokenizer("tiny-gpt2")
+    lengths = [len(tokenizer(r["text"])["input_ids"]) for r in rows]
+    print(
+        f"reviews.parquet: {len(rows)} reviews, {dict(Counter(r['role'] for r in rows))}; tokens {min(lengths)} to {max(lengths)},"
+    )
+    agree = np.mean((evaluator.score([r["text"] for r in rows]) > 0) == np.array([r["label"] == 1 for r in rows]))
+    print(
+        f"    median {np.median(lengths):.0f}; {np.mean([r['label'] for r in rows]):.3f} positive by the judge, evaluator agrees on {agree:.3f};"
+    )
+    print(f"    {int(copied([r['text'] for r in rows], roles).sum())} share 12 consecutive words with IMDb")
+    size = sum(p.stat().st_size for p in ROOT.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    print(f"data/: {size / 1e6:.1f} MB")
+
+
 BUILDERS = {"lm": build_lm, "bert": build_bert, "judge": build_judge, "evaluator": build_evaluator, "reviews": build_reviews}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=["tokenizers", *BUILDERS], help="make these only")
-    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--calibrate", action="store_true", help="measure tokens/s of each training and stop")
+    parser.add_argument("--evaluate", action="store_true", help="print the figures of data/README.md and stop")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     WORK.mkdir(parents=True, exist_ok=True)
     roles = imdb_roles()
     say("roles: " + ", ".join(f"{name} {len(r[0])}" for name, r in roles.items()))
+    if args.evaluate:
+        evaluate(roles)
+        return 0
     if args.calibrate:
-        for name, build in BUILDERS.items():
-            say(f"{name}: {build(roles, calibrate=20):.0f} tokens/s")
+        work = {
+            "lm": LM["tokens"],
+            "bert": BERT["steps"] * BERT["batch"] * 2 * BERT["length"],
+            "judge": JUDGE["steps"] * JUDGE["batch"] * 64,
+        }
+        for name, tokens in work.items():
+            rate = BUILDERS[name](roles, calibrate=20)
+            say(f"{name}: {rate:.0f} tokens/s, {tokens / rate / 60:.0f} min for {tokens / 1e6:.0f} M tokens")
         return 0
     for name in args.only or ["tokenizers", *BUILDERS]:
         began = time.time()

@@ -95,16 +95,14 @@ def win_rate(scores, baseline_scores, n_samples: int = 2000, seed: int = 0) -> W
 def length_controlled_win_rate(
     scores, baseline_scores, lengths, baseline_lengths, n_samples: int = 2000, seed: int = 0
 ) -> Interval:
-    """The win rate had both responses been equally long (Dubois et al. 2024, "Length-Controlled AlpacaEval", eq. 2).
+    """The win rate had both responses been equally long (Dubois et al. 2024, "Length-Controlled AlpacaEval").
 
     Logistic regression of the outcome (1, 0, or ½ for a tie) on x = tanh(d / std(d)), d the length difference in tokens
     per prompt; the answer is the prediction at d = 0, sigmoid(intercept). All arguments (P,), floating or int.
     Departures: no term for the prompt's difficulty (it needs many models), and a ridge of 1e-3 in place of theirs.
     """
     outcomes = _outcomes(scores, baseline_scores)
-    difference = _array(lengths) - _array(baseline_lengths, len(outcomes))
-    if len(difference) != len(outcomes):
-        raise EvaluationError(f"{len(difference)} lengths for {len(outcomes)} scores: give one length per prompt")
+    difference = _array(lengths, len(outcomes)) - _array(baseline_lengths, len(outcomes))
     spread = difference.std()
     x = np.tanh(difference / spread) if spread > 0 else np.zeros(len(difference))
     fit = _logistic_fit(x[None], outcomes[None], np.zeros((1, 2)))
@@ -180,7 +178,7 @@ def expected_best_of_n(selection, n: int, report=None) -> np.ndarray:
     """Expected ``report`` score (P,) of the best of ``n`` samples by ``selection``, from N ≥ n samples of each prompt.
 
     Both (P, N); ``report`` is ``selection`` itself by default, or the gold scores of the same samples. Unbiased: the
-    mean over all C(N, n) subsets (Nakano et al. 2021, WebGPT, app. I), where the sample of rank i is best in
+    mean over all C(N, n) subsets (Hilton & Gao 2022, "Measuring Goodhart's law"), where the sample of rank i is best in
     C(i−1, n−1) of them; samples of equal rank share their weight. Raises EvaluationError unless 1 ≤ n ≤ N.
     """
     selection = np.asarray(selection, dtype=float)
@@ -205,8 +203,8 @@ def expected_best_of_n(selection, n: int, report=None) -> np.ndarray:
 
 
 def best_of_n_kl(n) -> np.ndarray | float:
-    """log n − (n−1)/n nats: KL of best-of-n from its base policy, exact without ties and an upper bound with them
-    (Stiennon et al. 2020, app. G.3; Beirami et al. 2024)."""
+    """log n − (n−1)/n nats, what best-of-n moves from its base policy (Stiennon et al. 2020, app. G.3): an upper bound on
+    the KL, close to it where no single response is likely (Beirami et al. 2024)."""
     n = np.asarray(n, dtype=float)
     if (n < 1).any():
         raise EvaluationError("best-of-n needs n of at least 1")

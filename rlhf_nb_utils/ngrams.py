@@ -118,7 +118,7 @@ def fit_classifier(
 def fit_bradley_terry(
     chosen: Sequence[str],
     rejected: Sequence[str],
-    l2: float = 1e-3,
+    l2: float = 3e-4,
     n_features: int = N_FEATURES,
     ngram_range: tuple[int, int] = NGRAM_RANGE,
 ) -> NGramLinear:

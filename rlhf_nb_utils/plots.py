@@ -409,7 +409,7 @@ def plot_estimators(estimates: Mapping[str, Sequence[float]], exact: float, bins
     edges = width * np.arange(math.floor(low / width), math.ceil(high / width) + 1)  # 0 is an edge: k2 and k3 stop there
     for index, (ax, (name, values)) in enumerate(zip(axes, estimates.items())):
         look = _look(index)
-        ax.hist(values, edges, color=look["color"], alpha=0.45)
+        ax.hist(values, edges, histtype="stepfilled", color=look["color"], alpha=0.45)
         ax.axvline(exact, color=INK, linestyle="--", linewidth=1.4)
         error = values.std(ddof=min(1, len(values) - 1)) / math.sqrt(len(values))
         middle = 0.5 * ax.get_ylim()[1]

@@ -36,6 +36,8 @@ PRIOR = 20
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _SENTENCE = re.compile(r"[.!?]+")
 _VOWELS = re.compile(r"[aeiouy]+")
+_CLUTTER = re.compile(r"[()\[\]{}<>/\\*#@…~^|=+_\"]|--|\.\.|[!?]{2}|\b[A-Z]{3,}\b")
+_SHOUTING = re.compile(r"\b[A-Z]{4,}\b|[!?]{2,}")
 
 
 def _word_set(text: str) -> frozenset[str]:
@@ -121,12 +123,12 @@ def clarity(text: str) -> float:
     """
     words = _words(text)
     n = len(words)
-    sentences = max(1, len(_SENTENCE.findall(text.replace("...", "…"))))
+    unfinished = not text.rstrip("\"')”’ ").endswith((".", "!", "?", "…"))
+    sentences = max(1, len(_SENTENCE.findall(text.replace("...", "…"))) + unfinished)
     syllables = _share(sum(max(1, len(_VOWELS.findall(w))) for w in words), n, 1.56)
-    clutter = len(re.findall(r"[()\[\]{}<>/\\*#@…~^|=+_\"]|--|\.\.|[!?]{2}|\b[A-Z]{3,}\b", text))
-    unfinished = not text.rstrip("\"')”’ ").endswith((".", "!", "?"))
+    clutter = len(_CLUTTER.findall(text))
     cost = abs(np.log(max(n, 1) / sentences / 12)) + 3 * syllables + 0.5 * unfinished
-    return -(cost + 6 * _share(_repeats(words), n, 0.014) + 8 * _share(clutter, n, 0.035) - 6.10) / 0.666
+    return -(cost + 6 * _share(_repeats(words), n, 0.014) + 8 * _share(clutter, n, 0.035) - 5.84) / 0.532
 
 
 def clean_language(text: str) -> float:
@@ -138,7 +140,7 @@ def clean_language(text: str) -> float:
     words = _words(text)
     n = len(words)
     cost = sum(8 * (_digest(w) in STRONG) + 3 * (w in MILD) + 2 * (w in INSULTS) + (w in SLANG) for w in words)
-    cost += 0.5 * len(re.findall(r"\b[A-Z]{4,}\b|[!?]{2,}", text))
+    cost += 0.5 * len(_SHOUTING.findall(text))
     register = 0.25 * np.tanh(_share(sum(map(len, words)), n, 4.44) - 4.44)
     return (register - 8 * _share(cost, n, 0.005) + 0.05) / 0.147
 
@@ -253,9 +255,9 @@ def split_by_prompt(
 
 
 class Agreement(NamedTuple):
-    """``share`` of ``pairs`` on which labels and noiseless preference agree; ``ties`` more pairs had none to agree with."""
+    """``rate`` of ``pairs`` on which labels and noiseless preference agree; ``ties`` more pairs had none to agree with."""
 
-    share: float
+    rate: float
     pairs: int
     ties: int
 

@@ -471,7 +471,7 @@ def calibration(scores: Sequence[np.ndarray], n_bins: int = 10) -> Calibration:
 
 
 def bag_of_words_baseline(
-    train: Sequence[Comparison], heldout: Sequence[Comparison], l2: float = 1e-3
+    train: Sequence[Comparison], heldout: Sequence[Comparison], l2: float = 3e-4
 ) -> tuple[ngrams.NGramLinear, Accuracy]:
     """Bradley–Terry on hashed words and word pairs: a second's work, and what every neural reward model must beat."""
     pairs = [(c.query + better, c.query + worse) for c in train for better, worse in _ordered_pairs(c.responses)]

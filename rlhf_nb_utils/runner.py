@@ -11,6 +11,7 @@ import html
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -114,6 +115,7 @@ def execute(path: Path, target: Path, parameters: dict[str, Any] | None, kernel:
 
     shown = {"desc": label, "leave": False} if sys.stderr.isatty() else False
     options = {"kernel_name": kernel, "language": "python", "cwd": str(path.parent), "coalesce_streams": True}
+    options["extra_arguments"] = ["--IPKernelApp.log_level=50"]  # else each kernel warns that its loopback is unencrypted
     source, result = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, target))  # papermill formats paths
     try:
         papermill.execute_notebook(source, result, parameters, progress_bar=shown, **options)
@@ -134,8 +136,9 @@ def _failure(path: Path, target: Path, error: Any) -> str:
     own = [cell for cell in cells if not added & set(cell["metadata"].get("tags", []))]
     number = next((i for i, cell in enumerate(own, 1) if cell.get("execution_count") == error.exec_count), None)
     where = f"cell {number}" if number else "the parameters handed in"
-    line = next((line for line in error.source.splitlines() if line.strip() and not line.startswith("#")), "")
-    return f"{path.name} failed in {where} (In [{error.exec_count}], {line!r}):\n  {error.ename}: {error.evalue}"
+    marked = re.search(r"^-+> *\d+ (.*)", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), re.MULTILINE)
+    line = f": {marked[1].strip()}" if marked else ""
+    return f"{path.name} failed in {where}, In [{error.exec_count}]{line}\n  {error.ename}: {error.evalue}"
 
 
 def run(
@@ -210,7 +213,9 @@ def _report(out: Path, outcomes: list[Outcome], settings: dict[str, Any]) -> Ite
     finally:
         update()
         ran = [o for o in outcomes if o.status != "not run"]
-        print(f"{len(ran)} notebooks in {duration(sum(o.seconds for o in ran))}. Report: {out / 'index.html'}")
+        print(
+            f"{len(ran)} notebook{'s' * (len(ran) != 1)} in {duration(sum(o.seconds for o in ran))}. Report: {out / 'index.html'}"
+        )
 
 
 def export_html(notebook: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_profile_is_cpu_unless_the_environment_says_otherwise(recorded, monk
         (["fields", "--set", "ppo.klcoef=1"], "ppo.kl_coef"),
         (["fields", "--set", "ppo.kl_coef=-1"], "ppo.kl_coef"),
         (["stage", "ppo", "--set", "kl_coef=1"], "ppo.kl_coef"),
-        (["run", "--only", "77"], "77"),
+        (["run", "--only", "77"], "no notebook"),
     ],
 )
 def test_wrong_input_gets_one_line_and_exit_code_2(arguments, hint, capsys):

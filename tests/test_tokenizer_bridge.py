@@ -128,9 +128,10 @@ def test_response_text_strips_special_tokens_and_masked_ids(policy):
 
 def test_special_tokens_without_a_name_are_stripped_too():
     tokenizer = copy.deepcopy(load("tiny-gpt2"))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.backend_tokenizer.add_special_tokens(["<|turn|>"])  # as a tokenizer.json with reserved tokens has them
     tokenizer.add_tokens(["<plot twist é>"])  # an ordinary added token is text, also where it has a blank and an accent
     turn, twist = tokenizer.convert_tokens_to_ids(["<|turn|>", "<plot twist é>"])
+    assert turn not in tokenizer.all_special_ids
     ids = [turn, *byte_ids(tokenizer, b"a"), twist]
     assert response_text(tokenizer, ids) == "a<plot twist é>"
     assert token_spans(tokenizer, ids) == [(0, 0), (0, 1), (1, 15)]
@@ -221,11 +222,11 @@ def test_byte_fallback_tokens_share_their_character():
 
 
 @search
-@given(text=texts, cut=st.integers(1, 6), end=st.integers(0, 3))
+@given(text=texts, cut=st.integers(1, 4), end=st.integers(0, 3))
 def test_sentencepiece_spans_are_the_backends_offsets_behind_any_query(text, cut, end):
     assume("\ufffd" not in text and "▁" not in text)
     tokenizer = llama()
-    text = "the" + text
+    text = "great" + text
     ids, offsets = ids_of(tokenizer, text), offsets_of(tokenizer, text)
     begun = offsets[cut - 1][1] if cut <= len(offsets) else len(text)
     if cut >= len(ids) or offsets[cut][0] == begun:  # the query ends at the end of a character
