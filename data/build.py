@@ -510,9 +510,8 @@ def evaluate(roles) -> None:
             if path.suffix:
                 model.load_state_dict(torch.load(path, weights_only=True))
             bits, nats = bits_per_byte(model.eval(), texts[:2000])
-            print(
-                f"{name}: {bits:.3f} bits/byte, {nats:.3f} nats/token on the first 2,000 test reviews; {bits_per_byte.__doc__.split(':')[1]}"
-            )
+            print(f"{name}: {bits:.3f} bits/byte, {nats:.3f} nats/token on the first 2,000 test reviews,")
+            print("    each on its own behind one EOT, windows of 128 that do not overlap, every token of the text scored")
     judge, evaluator = load_classifier("tiny-judge"), load_classifier("tiny-evaluator")
     windows = word_windows(texts, judge.tokenizer)
     for name, model in (("tiny-judge", judge), ("tiny-evaluator", evaluator)):
@@ -522,13 +521,11 @@ def evaluate(roles) -> None:
     rows = pq.read_table(ROOT / "reviews.parquet").to_pylist()
     tokenizer = load_tokenizer("tiny-gpt2")
     lengths = [len(tokenizer(r["text"])["input_ids"]) for r in rows]
-    print(
-        f"reviews.parquet: {len(rows)} reviews, {dict(Counter(r['role'] for r in rows))}; tokens {min(lengths)} to {max(lengths)},"
-    )
+    uses = ", ".join(f"{use} {count}" for use, count in Counter(r["role"] for r in rows).items())
     agree = np.mean((evaluator.score([r["text"] for r in rows]) > 0) == np.array([r["label"] == 1 for r in rows]))
-    print(
-        f"    median {np.median(lengths):.0f}; {np.mean([r['label'] for r in rows]):.3f} positive by the judge, evaluator agrees on {agree:.3f};"
-    )
+    positive = np.mean([r["label"] for r in rows])
+    print(f"reviews.parquet: {len(rows)} reviews ({uses}); tokens {min(lengths)} to {max(lengths)},")
+    print(f"    median {np.median(lengths):.0f}; {positive:.3f} positive by the judge, the evaluator agrees on {agree:.3f};")
     print(f"    {int(copied([r['text'] for r in rows], roles).sum())} share 12 consecutive words with IMDb")
     size = sum(p.stat().st_size for p in ROOT.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     print(f"data/: {size / 1e6:.1f} MB")

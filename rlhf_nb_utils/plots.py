@@ -53,11 +53,19 @@ LABELS = {
     "grad_norm": "gradient norm before clipping",
     "tokens_per_second": "sampled tokens per second",
     "peak_memory_mib": "peak memory, MiB",
+    "accuracy": "pairs in the right order, training",
+    "heldout_accuracy": "pairs in the right order, held out",
+    "gap": "score of chosen − rejected",
 }
 
 
 class PlotError(CourseError):
     """Data that cannot be drawn."""
+
+
+def _label(key: str) -> str:
+    """Axis label of a metric, with or without its stage in front: "sft/loss" is a "loss"."""
+    return LABELS.get(key, LABELS.get(key.rpartition("/")[2], key))
 
 
 def use_style() -> None:
@@ -171,9 +179,9 @@ def plot_curves(metrics: Sequence[Mapping], *keys: str, x: str = "step", smoothi
     for index, (panel, key) in enumerate(zip(axes, keys)):
         look = _look(index)
         _curve(panel, metrics, key, x, smoothing, look, key if ax is not None else None)
-        panel.set_xlabel(LABELS.get(x, x))
+        panel.set_xlabel(_label(x))
         if ax is None:
-            label = LABELS.get(key, key)
+            label = _label(key)
             panel.set_ylabel(label if len(keys) == 1 else textwrap.fill(label, 22))
     if ax is not None:
         ax.legend()
@@ -191,9 +199,9 @@ def plot_loss(
     for index, key in enumerate(there):
         # A curve of a few points (one per epoch) is shown as it is.
         few = sum(row.get(key) is not None for row in metrics) < 30
-        label = {"loss": "training", "heldout_loss": "held out"}.get(key, key)
+        label = {"loss": "training", "heldout_loss": "held out"}.get(key.rpartition("/")[2], key)
         _curve(ax, metrics, key, x, 0.0 if few else smoothing, _look(index), label)
-    ax.set(xlabel=LABELS.get(x, x), ylabel=ylabel)
+    ax.set(xlabel=_label(x), ylabel=ylabel)
     ax.legend()
     return ax.figure
 

@@ -7,8 +7,8 @@ curves are callbacks. Departures from Schulman et al. 2017: a reward per token, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -131,7 +131,7 @@ def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float
 def update(policy, optimizer, batch: Batch, cfg: PPOConfig, generator, temperature=1.0, bf16=False) -> dict[str, float]:
     """``num_ppo_epochs`` passes of ``num_mini_batches`` steps; stops early once an epoch's approxkl passes ``target_kl``."""
     steps, first = [], None
-    for epoch in range(cfg.num_ppo_epochs):
+    for _ in range(cfg.num_ppo_epochs):
         order = torch.randperm(len(batch.mask), generator=generator)
         epoch_steps = [
             ppo_step(policy, optimizer, batch[rows], cfg, temperature, bf16) for rows in order.chunk(cfg.num_mini_batches)
@@ -142,7 +142,7 @@ def update(policy, optimizer, batch: Batch, cfg: PPOConfig, generator, temperatu
         if cfg.target_kl is not None and approxkl > cfg.target_kl:
             break
     mean = {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
-    return {**mean, "first_ratio_deviation": first["ratio_max_deviation"], "ppo_epochs": epoch + 1}
+    return {**mean, "first_ratio_deviation": first["ratio_max_deviation"], "ppo_epochs": len(steps) // len(epoch_steps)}
 
 
 def scores_of(reward_fn: RewardFn, queries: list[str], responses: list[str], device) -> torch.Tensor:
@@ -273,11 +273,15 @@ def prompt_rows(n: int, iteration: int, batch_size: int, seed: int) -> list[int]
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Highest memory so far in MiB: allocated on a CUDA device, else resident in this process."""
+    """Highest memory so far in MiB: allocated on a CUDA device, else resident in this process (NaN where not told)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    with contextlib.suppress(ImportError):  # Windows has no `resource`
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return float("nan")
 
 
 def _seed(seed: int, iteration: int, purpose: int) -> int:

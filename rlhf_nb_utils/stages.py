@@ -261,8 +261,12 @@ def reward_model(cfg: Config, callback=None) -> Stage:
         model = RewardModel.from_backbone(source, pooling=pooling, max_length=settings.max_length, seed=torch_seed)
         model.to(models.pick_device(cfg.device))
         history = train_reward_model(model, train, cfg, heldout, callback)
-        model.set_normalisation(model.score([c.query for c in heldout], [c.responses[0] for c in heldout]))
+        # All responses are the reference's own samples; the chosen ones alone would put its mean above 0.
+        own = [(c.query, response) for c in heldout for response in c.responses]
+        model.set_normalisation(model.score(*map(list, zip(*own))))
         model.save(folder)
+        for row in history["epochs"]:
+            history["steps"][row["step"] - 1].update(row)
         _log_rows(folder, history["steps"], "reward_model")
         measured = pairwise_accuracy(score_comparisons(model.score, heldout), heldout)
         _, words = bag_of_words_baseline(train, heldout)
