@@ -169,7 +169,8 @@ def load_policy(name: str, dtype: str = "float32", separate_critic: bool = False
     kinds = " ".join(getattr(config, "architectures", None) or [])
     if config.is_encoder_decoder or not any(word in kinds for word in ("CausalLM", "LMHead")):
         raise ModelError(f"{name} is no causal language model ({kinds or config.model_type}): models.policy needs one")
-    policy = Policy(AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True), separate_critic)
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+    policy = Policy(lm, separate_critic)
     critic = Path(path) / CRITIC_FILE
     if critic.is_file():
         state = load_file(str(critic))
@@ -210,7 +211,8 @@ class TextClassifier:
 def load_classifier(name: str, device: torch.device | str = "cpu") -> TextClassifier | NGramLinear:
     """A judge or evaluator: a sequence classifier with a positive and a negative label, or an n-gram model."""
     path = Path(hub.model_dir(name))
-    if (path / "config.json").is_file() and json.loads((path / "config.json").read_text()).get("model_type") == "ngram-linear":
+    config_file = path / "config.json"
+    if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "ngram-linear":
         return NGramLinear.load(path)
     config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name)
     positive, negative = _sentiment_labels(name, config.id2label)

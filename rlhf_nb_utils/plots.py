@@ -36,6 +36,7 @@ LABELS = {
     "heldout_loss": "held-out loss, nats per token",
     "score": "score of the reward model",
     "score_normalised": "score, reference std",
+    "evaluation_score": "score on held-out prompts",
     "reward": "reward per response",
     "kl": "KL (k1), nats per response",
     "kl_k3": "KL (k3), nats per response",
@@ -46,6 +47,7 @@ LABELS = {
     "approxkl": "approxkl of the update, nats per token",
     "clipfrac": "clipped tokens, share",
     "ratio": "mean probability ratio",
+    "value_loss": "value loss, squared reward units",
     "explained_var": "explained variance of the critic",
     "td_error": "mean squared TD error",
     "value": "mean value",
@@ -278,6 +280,33 @@ def plot_token_kl(
 
 
 @_styled
+def plot_next_tokens(tokens: Sequence[str], probabilities: Mapping[str, Sequence[float]], ax=None) -> Figure:
+    """The policy as a distribution over actions: probability of each of ``tokens`` (K,), likeliest on top.
+
+    ``probabilities``: name -> (K,) in [0, 1], one bar per token and name (a sampling temperature, say). Tokens left out
+    keep their share: the bars need not add up to 1.
+    """
+    series = _named(probabilities, "probabilities")
+    _same_length("tokens and their probabilities", tokens, *series.values())
+    if min(p.min() for p in series.values()) < 0 or max(p.max() for p in series.values()) > 1:
+        raise PlotError("probabilities must lie in [0, 1]: pass softmax(logits), not the logits")
+    ax = _canvas(ax, (6.4, 0.9 + (0.14 + 0.14 * len(series)) * len(tokens)))
+    rows, thick = np.arange(len(tokens)), 0.8 / len(series)
+    for index, (name, p) in enumerate(series.items()):
+        look, at = _look(index), rows - 0.4 + thick * (index + 0.5)
+        ax.barh(at, p, height=thick, color=look["color"], alpha=0.4)
+        ax.plot(p, at, **look, linestyle="", label=name)
+    ax.set_yticks(rows, [visible(token) for token in tokens])
+    for label in ax.get_yticklabels():
+        label.set(family="DejaVu Sans Mono", parse_math=False)
+    ax.set(xlabel="probability of the next token", xlim=(0, None), ylim=(len(tokens) - 0.5, -0.5))
+    ax.grid(False, axis="y")
+    if len(series) > 1:
+        ax.legend(loc="lower right")
+    return ax.figure
+
+
+@_styled
 def plot_token_alignment(
     policy_tokens: Sequence[str], rm_tokens: Sequence[str], links: Sequence[Sequence[int]], max_characters: int = 90
 ) -> Figure:
@@ -336,6 +365,28 @@ def _link_groups(links: Sequence[Sequence[int]], rm_count: int) -> tuple[list, l
 
 
 # ------------------------------------------------------------------------------------------------ reward model
+
+
+@_styled
+def plot_label_noise(gaps, outcomes, noise: float, bins: int = 10, ax=None) -> Figure:
+    """How often the annotator preferred response a, against a's lead in gold score; the line is the law behind it.
+
+    gaps (N,): gold score of a − gold score of b. outcomes (N,): 1 where a was preferred, else 0. The bins hold equally
+    many pairs each (Wilson 95 %). The law is sigmoid(gap / noise), a step at ``noise=0`` (Bradley and Terry 1952).
+    """
+    gaps, outcomes = _numbers(gaps, "gold gaps"), _numbers(outcomes, "outcomes")
+    _same_length("gaps and outcomes", gaps, outcomes)
+    ax = _canvas(ax)
+    along = np.linspace(gaps.min(), gaps.max(), 400)
+    law = (np.sign(along) + 1) / 2 if noise == 0 else 1 / (1 + np.exp(-np.clip(along / noise, -500, 500)))
+    ax.plot(along, law, color=GREY, linestyle="--", marker="", label=f"sigmoid(gap / {noise:g})")
+    groups = np.array_split(np.argsort(gaps, kind="stable"), min(bins, len(gaps)))
+    x, y = (np.array([v[g].mean() for g in groups]) for v in (gaps, outcomes))
+    low, high = _wilson(y, np.array([len(g) for g in groups]))
+    ax.errorbar(x, y, [y - low, high - y], **_look(0), linestyle="", label=f"labels, {len(groups[0])} pairs a point, 95 %")
+    ax.set(xlabel="gold score of a − b", ylabel="share in which a was preferred", ylim=(-0.03, 1.03))
+    ax.legend(loc="lower right")
+    return ax.figure
 
 
 @_styled
@@ -595,11 +646,9 @@ def plot_before_after(rows: Sequence, columns: int = 3) -> Figure:
             error = None if math.isnan(low) else [[mean - low], [high - mean]]
             look = _look(at)
             ax.errorbar([at], [mean], error, **look, markersize=8, markerfacecolor=face or look["color"])
-            ax.annotate(f"{mean:.3g}", (at, mean), (18 * at - 9, 0), textcoords="offset points", va="center",
-                        ha=("right", "left")[at], fontsize=9)  # fmt: skip
-        ax.set(xlim=(-0.9, 1.9), ylabel=textwrap.fill(row.unit, 18))
+        ax.set(xlim=(-0.5, 1.5), ylabel=textwrap.fill(row.unit, 18))
         ax.set_title(row.quantity, fontsize=10)
-        ax.set_xticks([0, 1], ["before", "after"])
+        ax.set_xticks([0, 1], [f"{when}\n{mean:.3g}" for when, mean in zip(("before", "after"), means)])
         ax.grid(False, axis="x")
         ax.margins(y=0.25)
         if math.isnan(row.after.low):
@@ -627,6 +676,26 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], limit: int | None = None,
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     ax.set_ylim(top=1.15 * ax.get_ylim()[1])
     ax.legend(loc="upper left")
+    return ax.figure
+
+
+@_styled
+def plot_throughput(rates: Mapping[str, float], ax=None) -> Figure:
+    """Sampled tokens per second of several ways to sample, as bars with their numbers and their gain over the first."""
+    if not rates:
+        raise PlotError("no throughput to draw: give at least one rate")
+    speeds = _numbers(list(rates.values()), "tokens per second")
+    if speeds.min() <= 0:
+        raise PlotError("tokens per second must be above 0")
+    ax = _canvas(ax, (6.4, 0.9 + 0.42 * len(rates)))
+    rows = np.arange(len(rates))
+    ax.barh(rows, speeds, height=0.6, color=[_look(i)["color"] for i in rows], alpha=0.55)
+    for row, speed in zip(rows, speeds):
+        gain = f"  ×{speed / speeds[0]:.1f}" if row else ""
+        ax.annotate(f"{speed:,.0f}{gain}", (speed, row), (5, 0), textcoords="offset points", va="center", fontsize=10)
+    ax.set_yticks(rows, list(rates))
+    ax.set(xlabel="sampled tokens per second", xlim=(0, 1.25 * speeds.max()), ylim=(len(rates) - 0.5, -0.5))
+    ax.grid(False, axis="y")
     return ax.figure
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_nb_utils.config import Config, PPOConfig, TrainingError
+from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError
 from rlhf_nb_utils.gae import gae, token_rewards
 from rlhf_nb_utils.kl import AdaptiveKL, FixedKL, k1, k3
 from rlhf_nb_utils.models import Policy, autocast
-from rlhf_nb_utils.rollouts import Rollout, encode_queries, sample, sample_many
+from rlhf_nb_utils.rollouts import Rollout, encode_queries, sample_many
 from rlhf_nb_utils.tensor_ops import masked_mean, masked_var, whiten
 from rlhf_nb_utils.tokenizer_bridge import response_texts
 
@@ -101,7 +101,7 @@ def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float
     Each part weighs by its tokens, so the loss is the token mean of the whole minibatch; the norm is clipped once.
     Raises TrainingError, before the weights move, if the loss or the gradient is not finite.
     """
-    total, stats = batch.mask.sum(), {}
+    total, stats, worst = batch.mask.sum(), {}, 0.0
     optimizer.zero_grad(set_to_none=True)
     for rows in torch.arange(len(batch.mask)).chunk(cfg.gradient_accumulation_steps):
         part = batch[rows]
@@ -120,6 +120,8 @@ def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float
         row = {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy, "loss": loss, **pg_stats, **vf_stats}
         for key, value in row.items():
             stats[key] = stats.get(key, 0.0) + (weight * value.detach()).item()
+        worst = max(worst, pg_stats["ratio_max_deviation"].item())
+    stats["ratio_max_deviation"] = worst  # a maximum, not a mean of maxima
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     if not torch.isfinite(torch.tensor([stats["loss"], stats["grad_norm"]])).all():
@@ -199,8 +201,10 @@ def make_batch(state: TrainState, reward_fn: RewardFn, queries: list[str], rollo
 def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenizer, cfg: Config) -> TrainState:
     """A fresh run: optimizer, KL controller, and the score's mean and std on the *reference's* samples.
 
-    Raises TrainingError for settings under which PPO would not be PPO.
+    Raises TrainingError for settings under which PPO would not be PPO, and where there is no prompt.
     """
+    if not prompts:
+        raise TrainingError("PPO has no prompts: raise data.n_ppo, or pass at least one")
     if cfg.rollouts.top_k or cfg.rollouts.top_p < 1:
         raise TrainingError("PPO needs rollouts.top_k=0 and top_p=1: logprobs must come from the distribution sampled from")
     if any(p.dtype == torch.bfloat16 for p in policy.parameters()):
@@ -211,19 +215,23 @@ def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenize
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     adaptive = ppo.kl_controller == "adaptive"
+    if adaptive and not ppo.kl_coef:
+        raise TrainingError("an adaptive ppo.kl_coef cannot start at 0, which no factor moves: give it a start, or fix it at 0")
     controller = AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) if adaptive else FixedKL(ppo.kl_coef)
     queries = [prompts[i % len(prompts)] for i in range(max(min(NORM_SAMPLES, 4 * ppo.batch_size), 2))]
     ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, -1, 0)
     rollout = sample_many(reference, ids, cfg.rollouts, tokenizer, seed, cfg.models.autocast)
     scores = scores_of(reward_fn, queries, response_texts(tokenizer, rollout.responses, rollout.mask), "cpu")
-    return TrainState(policy, reference, optimizer, controller, scores.mean().item(), max(scores.std().item(), 1e-6))
+    # Scores that are all the same (a rule that never fires) have no unit: leave theirs, instead of blowing it up.
+    std = scores.std().item()
+    return TrainState(policy, reference, optimizer, controller, scores.mean().item(), std if std > 1e-6 else 1.0)
 
 
 def train(state: TrainState, reward_fn: RewardFn, prompts: list[str], tokenizer, cfg: Config, callbacks=()) -> TrainState:
     """PPO from ``state.iteration`` to ``cfg.ppo.iterations``. Every random draw is seeded by (seed, iteration), so a run
     resumed from a checkpoint is the run that was never stopped.
 
-    ``callback(state, metrics, samples)`` is called after each iteration; ``samples`` are (query, response, score) rows.
+    ``callback(state, metrics, samples)`` is called after each iteration; ``samples`` are (query, response) rows.
     Raises TrainingError, naming the iteration, if a score, a loss or a gradient is not finite.
     """
     policy, ppo, bf16 = state.policy, cfg.ppo, cfg.models.autocast
@@ -235,14 +243,14 @@ def train(state: TrainState, reward_fn: RewardFn, prompts: list[str], tokenizer,
             group["lr"] = group["initial_lr"] * decay
         try:
             # 1. sample responses; 2. score them, price the KL, form advantages and returns
-            generator = torch.Generator(policy.device).manual_seed(_seed(cfg.seed, iteration, 1))
-            rollout = sample(policy, encode_queries(tokenizer, queries), cfg.rollouts, tokenizer, generator, bf16)
+            ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, iteration, 1)
+            rollout = sample_many(policy, ids, cfg.rollouts, tokenizer, seed, bf16)
             sampled = time.perf_counter()
             batch, metrics, responses = make_batch(state, reward_fn, queries, rollout, tokenizer, cfg)
             # 3. several epochs of clipped updates on the same responses
             shuffle = torch.Generator().manual_seed(_seed(cfg.seed, iteration, 2))
             metrics |= update(policy, state.optimizer, batch, ppo, shuffle, cfg.rollouts.temperature, bf16)
-        except TrainingError as error:
+        except CourseError as error:
             raise TrainingError(f"PPO stopped at iteration {iteration + 1}: {error}") from None
         # 4. steer β; refresh the reference, if asked to
         state.kl_controller.update(metrics["kl"], ppo.batch_size)

@@ -7,6 +7,7 @@ under another name and renamed when complete. Knows files and the order of the s
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -38,7 +39,8 @@ from rlhf_nb_utils.tracking import MetricsLogger, read_metrics
 SETTINGS = {
     "sft": ("device", "data.source", "data.n_sft", "data.min_opening_words", "data.max_opening_words", "models.policy",
             "models.dtype", "models.autocast", "sft"),
-    "preferences": ("data.n_preferences", "models.judge", "rollouts.response_length", "rollouts.batch_size", "preferences"),
+    "preferences": ("data.n_preferences", "models.judge", "rollouts.response_length", "rollouts.batch_size", "rollouts.top_k",
+                    "rollouts.top_p", "preferences"),
     "reward_model": ("models.reward_backbone", "reward_model"),
     "ppo": ("data.n_ppo", "rollouts", "ppo"),
     "evaluation": ("data.n_evaluation", "models.evaluator", "evaluation"),
@@ -48,6 +50,7 @@ PARENTS = {"sft": (), "preferences": ("sft",), "reward_model": ("preferences",),
 NOT_HASHED = {"plots.py", "widgets.py", "course.py", "runner.py", "exercises.py", "stages.py"}
 STAGE_VERSION = 1  # raise it when what a stage writes changes
 DONE = "stage.json"
+CHECKPOINTS = "checkpoints"
 EVALUATED_PROMPTS = 64  # of the PPO prompts, kept from training for the curve of a run
 
 
@@ -99,8 +102,19 @@ def _identity(cfg: Config, name: str) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         chosen |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        if key.startswith("models.") and (files := _files_of(value)):
+            chosen[f"the files of {key}"] = files
     before = {parent: stage_hash(cfg, parent) for parent in PARENTS[name]}
     return {"settings": chosen, "code": _code_hash(), "data": _data_hash(), "before": before}
+
+
+def _files_of(name: Any) -> str | None:
+    """What lies in a model's folder given by its path, by size and time. `_data_hash` covers the models of data/."""
+    path = Path(str(name)).expanduser()
+    if (DATA / "models" / str(name)).is_dir() or not path.is_dir():
+        return None
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir()) if f.is_file()]
+    return _digest(json.dumps(files).encode())[:12]
 
 
 def stage_hash(cfg: Config, name: str) -> str:
@@ -139,6 +153,8 @@ def _why(cfg: Config, name: str) -> str:
     path, now = stage_dir(cfg, name), _identity(cfg, name)
     if path.exists():
         return "it is half-written"
+    if _partial(path).exists():
+        return "an earlier run of it was interrupted"
     others = sorted(path.parent.glob(f"{name}-*/{DONE}"), key=lambda p: p.stat().st_mtime)
     if not others:
         return "it is not there yet"
@@ -147,34 +163,59 @@ def _why(cfg: Config, name: str) -> str:
         for key, value in now["settings"].items():
             if then["settings"].get(key) != value:
                 return f"{key} was {then['settings'].get(key)} and is {value}"
-        return next((f"{part} changed" for part in ("data", "code", "before") if then[part] != now[part]), "it changed")
+        for parent, value in now["before"].items():
+            if then["before"].get(parent) != value:
+                return f"stage {parent} before it changed"
+        return next((f"the {part} changed" for part in ("data", "code") if then[part] != now[part]), "it changed")
     return "it changed"
 
 
-def _build(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]]) -> Stage:
-    """Find the stage, or let ``make(folder)`` write it and return its summary. One builder at a time."""
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _build(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], resumes: bool = False) -> Stage:
+    """Find the stage, or let ``make(folder)`` write it and return its summary. One builder at a time.
+
+    What an interrupted build left is thrown away, unless ``make`` goes on from it (``resumes``).
+    """
+    if stage := find(cfg, name):  # without the lock: readers of a finished stage do not shut each other out
+        return stage
     path = stage_dir(cfg, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / f".{path.name}.lock", timeout=0):
-            if stage := find(cfg, name):
-                return stage
-            print(f"stage {name}: building, because {_why(cfg, name)}", file=sys.stderr)
-            shutil.rmtree(path, ignore_errors=True)
-            work = path.with_name(path.name + ".partial")
-            work.mkdir(exist_ok=True)
-            summary = make(work)
-            files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
-            record = {"identity": _identity(cfg, name), "summary": summary, "files": files}
-            checkpoint.write_json_atomic(work / DONE, record)
-            os.replace(work, path)
-            return Stage(name, path, summary)
+            return find(cfg, name) or _write(cfg, name, make, path, resumes)
     except Timeout:
         raise StageError(f"stage {name} is being built by another run: wait for it, or give this one its own --out") from None
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
+    except CourseError:
+        raise
+    except Exception as error:  # a full disk is an OSError, a SafetensorError or a bare Exception (tokenizers)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
             raise StageError(f"the disk is full at {path.parent}: free some space; finished stages are kept") from None
         raise
+
+
+def _write(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], path: Path, resumes: bool) -> Stage:
+    """Build the stage beside ``path``, and rename it when it is complete."""
+    print(f"stage {name}: building, because {_why(cfg, name)}", file=sys.stderr)
+    work = _partial(path)
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        if not resumes:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        summary = make(work)
+        found = [p.relative_to(work) for p in sorted(work.rglob("*")) if p.is_file()]
+        files = {str(p): (work / p).stat().st_size for p in found if p.parts[0] != CHECKPOINTS}
+        checkpoint.write_json_atomic(work / DONE, {"identity": _identity(cfg, name), "summary": summary, "files": files})
+        os.replace(work, path)
+    except BaseException:
+        if not resumes:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)  # not before: until the rename they are all there is
+    return Stage(name, path, summary)
 
 
 def _log_rows(folder: Path, rows: list[dict], prefix: str) -> None:
@@ -300,6 +341,7 @@ def ppo(cfg: Config, callback=None, reward_fn: ppo_.RewardFn | None = None) -> S
         restore(state, folder)
         with MetricsLogger(folder) as logger:
             logger.truncate(state.iteration)
+            _cut(folder / "samples.jsonl", state.iteration)
             callbacks = [
                 _watcher(cfg, scorer, watch, tokenizer),
                 lambda state, metrics, _: logger.log(state.iteration, {f"ppo/{k}": v for k, v in metrics.items()}),
@@ -310,13 +352,12 @@ def ppo(cfg: Config, callback=None, reward_fn: ppo_.RewardFn | None = None) -> S
             ppo_.train(state, scorer, train_prompts, tokenizer, cfg, callbacks)
         policy.save(folder)
         tokenizer.save_pretrained(folder)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         last = read_metrics(folder)[-1]
         return {"iterations": state.iteration, "score_mean": state.score_mean, "score_std": state.score_std} | {
             key: last[f"ppo/{key}"] for key in ("score", "kl", "eos_rate", "length")
         }
 
-    return _build(cfg, "ppo", make)
+    return _build(cfg, "ppo", make, resumes=True)
 
 
 def _watcher(cfg: Config, scorer, prompts: list[str], tokenizer):
@@ -339,6 +380,18 @@ def _append(path: Path, iteration: int, samples) -> None:
             file.write(json.dumps({"iteration": iteration, "query": query, "response": response}) + "\n")
 
 
+def _cut(path: Path, iteration: int) -> None:
+    """Forget the samples after ``iteration``, that of the checkpoint a run goes on from, and a line cut short."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError):
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
 def save(state: ppo_.TrainState, folder: Path, cfg: Config) -> None:
     """A checkpoint of a PPO run, every ``checkpoint_interval`` iterations; the last two are kept."""
     if state.iteration % cfg.ppo.checkpoint_interval:
@@ -354,12 +407,12 @@ def save(state: ppo_.TrainState, folder: Path, cfg: Config) -> None:
         "kl_controller": state.kl_controller.state_dict(),
         "optimizer": groups,
     }
-    checkpoint.save(folder / "checkpoints" / f"{state.iteration:06d}", tensors, facts)
+    checkpoint.save(folder / CHECKPOINTS / f"{state.iteration:06d}", tensors, facts)
 
 
 def restore(state: ppo_.TrainState, folder: Path) -> None:
     """Put the newest sound checkpoint of ``folder``, if there is one, into a prepared run."""
-    path = checkpoint.latest(folder / "checkpoints")
+    path = checkpoint.latest(folder / CHECKPOINTS)
     if path is None:
         return
     tensors, facts = checkpoint.load(path)
@@ -401,7 +454,7 @@ def load_evaluation(stage: Stage) -> tuple[ev.Evaluation, ev.Evaluation, dict[st
 
 
 def make_scorers(cfg: Config, scorer: RewardModel) -> dict[str, ppo_.RewardFn]:
-    """``gold`` (the annotator's taste), ``proxy`` (the reward model) and ``independent``: each ``(queries, responses) -> scores``."""
+    """``gold`` (the annotator's taste), ``proxy`` (the reward model), ``independent``: each ``(queries, responses) -> (B,)``."""
     judge = pf.make_scorer(cfg.preferences.criterion, cfg)
     independent = models.load_classifier(cfg.models.evaluator, models.pick_device(cfg.device))
 

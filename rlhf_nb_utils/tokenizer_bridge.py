@@ -152,10 +152,7 @@ def _prefix_spans(tokenizer, ids: Sequence[int], kept: Sequence[bool]) -> tuple[
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
     before = decode(anchor)
     real = [token for token, keep in zip(ids, kept) if keep]
-    whole = decode(anchor + real)
-    if not whole.startswith(before):
-        anchor, before, whole = [], "", decode(real)
-    text, prefix, boundary, spans = whole[len(before) :], list(anchor), 0, []
+    text, prefix, boundary, spans = decode(anchor + real)[len(before) :], list(anchor), 0, []
     for token, keep in zip(ids, kept):
         if not keep:
             spans.append((boundary, boundary))
@@ -278,8 +275,9 @@ def _texts(queries, responses) -> list[str]:
 
 
 def _body_spans(tokenizer, text: str, ids: list[int], offsets: list[Span]) -> list[Span]:
-    """Spans of the text's own tokens. The backend's offsets, but for byte-level BPE, where some backends trim the
-    white space off (RoBERTa's does) and leave a token that is only white space with no characters."""
+    """Spans of the text's own tokens: the backend's offsets, except for byte-level BPE, where some backends trim the
+    white space off (RoBERTa's does) and leave a token of nothing else without characters. A byte-level tokenizer that
+    normalises (Qwen's, NFC) or puts a space in front decodes to another text; there the offsets stay."""
     pieces = _byte_pieces(tokenizer, ids)
     if pieces is not None:
         decoded, spans = _byte_spans(pieces)

@@ -52,8 +52,8 @@ class MetricsLogger:
     def truncate(self, step: int) -> None:
         """Forget every line after ``step`` (that of the checkpoint a run goes on from), in both places.
 
-        An event file cannot be cut, and readers differ in what they make of a purge: the old ones are deleted, a new one
-        starts with a purge of everything (for a TensorBoard that is open) and gets the lines that stay.
+        TensorBoard's two readers make different things of a purge, so the old event files are emptied and a new one is
+        given the lines that stay. Emptied, not deleted: a TensorBoard that is open would never get past a deleted one.
         """
         path = self.folder / FILE
         rows = [row for row in _rows(path) if row["step"] <= step]
@@ -64,8 +64,8 @@ class MetricsLogger:
             return
         self._close_writer()
         for events in self.folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        self._open_writer(purge_step=0)
+            os.truncate(events, 0)
+        self._open_writer(purge_step=0)  # for what an open TensorBoard has in memory
         for row in rows:
             self._show(row)
         self._writer.flush()
@@ -95,13 +95,13 @@ class MetricsLogger:
     def _show(self, row: dict) -> None:
         if not self.tensorboard:
             return
-        if self._writer is None:
-            self._open_writer()
+        if self._writer is None:  # purges nothing; but of all session starts, TensorBoard ignores the first
+            self._open_writer(purge_step=1 + max(old["step"] for old in _rows(self.folder / FILE)))
         for tag, value in row.items():
             if tag not in _RESERVED and not isinstance(value, str):
                 self._writer.add_scalar(tag, value, row["step"], walltime=row["wall_time"])
 
-    def _open_writer(self, purge_step: int | None = None) -> None:
+    def _open_writer(self, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
         self._writer = SummaryWriter(str(self.folder), purge_step=purge_step, flush_secs=10)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ipywidgets
+import yaml
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,7 +28,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from rlhf_nb_utils import plots
-from rlhf_nb_utils.config import Config, ConfigError, CourseError
+from rlhf_nb_utils.config import PROFILE_DIR, PROFILES, Config, ConfigError, CourseError
 
 CELL = "padding:3px 10px;text-align:left;vertical-align:top;border-bottom:1px solid #dddddd"
 BOX = "border-collapse:collapse;color:#222222;background:#ffffff;font-size:13px"
@@ -90,14 +91,32 @@ def _escape_control(text: str) -> str:
     return "".join(map(show, text))
 
 
-def hyperparameter_table(cfg: Config, *sections: str) -> Table:
-    """The settings in use, their values and what they do; of the named sections, or of all."""
-    known = [name for name in type(cfg).model_fields if isinstance(getattr(cfg, name), BaseModel)]
-    unknown = [name for name in sections if name not in known]
-    if unknown:
-        raise ConfigError(f"unknown section {unknown[0]!r}; sections: {', '.join(known)}")
-    rows = ((name, _short(value), text or "") for name, value, text in cfg.table(*sections))
+def hyperparameter_table(cfg: Config, *names: str) -> Table:
+    """The settings in use, their values and what they do; of the named sections or fields ("ppo.lam"), or of all."""
+    everything = cfg.table()
+    known = {row[0] for row in everything} | {row[0].split(".")[0] for row in everything}
+    if unknown := [name for name in names if name not in known]:
+        sections = dict.fromkeys(row[0].split(".")[0] for row in everything)
+        raise ConfigError(f"unknown section or field {unknown[0]!r}; sections: {', '.join(sections)}")
+    wanted = [row for row in everything if not names or {row[0], row[0].split(".")[0]} & set(names)]
+    rows = ((name, _short(value), text or "") for name, value, text in wanted)
     return Table(("setting", "value", "what it does"), tuple(rows))
+
+
+def profile_table(*fields: str) -> Table:
+    """The profiles side by side: what each is for (the first line of its file) and its values of the named settings.
+
+    ``fields``: dotted names such as ``ppo.iterations``. ``RLHF_NB_PROFILE`` plays no part. Raises ConfigError for others.
+    """
+    columns = {}
+    for name in PROFILES:
+        text = (PROFILE_DIR / f"{name}.yaml").read_text(encoding="utf-8")
+        values = {key: value for key, value, _ in Config(profile=name, **yaml.safe_load(text)).table()}
+        if unknown := [field for field in fields if field not in values]:
+            raise ConfigError(f"unknown field {unknown[0]!r}; `python -m rlhf_nb_utils.course fields` lists them")
+        columns[name] = [text.splitlines()[0].lstrip("# "), *(_short(values[field]) for field in fields)]
+    rows = zip(("what it is for", *fields), *columns.values())
+    return Table(("setting", *columns), tuple(rows))
 
 
 def summary_table(rows: Sequence) -> Table:
@@ -256,9 +275,7 @@ def png(figure) -> bytes:
     canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
     canvas.draw()
     width, height = canvas.get_width_height()
-    Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).save(
-        buffer, "png", compress_level=1
-    )
+    Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).save(buffer, "png", compress_level=1)
     return buffer.getvalue()
 
 

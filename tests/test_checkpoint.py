@@ -170,10 +170,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, da
     assert_whole(tmp_path / "step-1", 1)
 
 
-def test_every_flipped_byte_of_the_manifest_is_harmless_or_noticed(tmp_path):
+def test_a_flipped_byte_of_the_manifest_is_harmless_or_noticed(tmp_path):
     path = save(tmp_path / "step-1", tensors(1), {"step": 1})
     good = (path / "manifest.json").read_bytes()
-    for position in range(len(good)):
+    for position in range(0, len(good), 4):
         flip(path / "manifest.json", position)
         with contextlib.suppress(CheckpointError):
             assert_whole(path, 1)
@@ -321,10 +321,11 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_from_the_last_that_was_reported(tmp_path):
     root = Path(checkpoint.__file__).parent.parent
     done = 0
-    for attempt in range(4):
+    for attempt in range(3):
         command = [sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path), str(done)]
         run = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         reported = int(run.stdout.readline())

@@ -8,11 +8,13 @@ import itertools
 import os
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, processors
 from transformers import AutoTokenizer, LlamaTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -411,18 +413,34 @@ def test_a_wordpiece_token_stands_in_the_text_of_its_span(encoder, pair):
         assert token == tokenizer.unk_token or token.removeprefix("##") in normalised
 
 
-@pytest.mark.parametrize("encoder", [ROBERTA])
+@functools.cache
+def trimming():
+    """tiny-gpt2 with offsets trimmed as RoBERTa's are."""
+    tokenizer = copy.deepcopy(load("tiny-gpt2"))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("encoder", [None, ROBERTA])
 @search
 @given(pair=pairs)
 def test_byte_level_spans_are_the_backends_with_the_white_space_left_on(encoder, pair):
-    tokenizer, text = load(encoder), pair[0] + pair[1]
-    spans = rm_spans(tokenizer, *pair, 10_000)[1:-1]
+    tokenizer, text = load(encoder) if encoder else trimming(), pair[0] + pair[1]
+    spans = rm_spans(tokenizer, *pair, 10_000, causal=not encoder)[1:-1]
     for (start, end), (trimmed, trimmed_end) in zip(spans, offsets_of(tokenizer, text), strict=True):
         if trimmed < trimmed_end and not text[trimmed:trimmed_end].isspace():
             assert start <= trimmed < trimmed_end <= end
             assert set(text[start:trimmed] + text[trimmed_end:end]) <= {" "}
         else:  # where the backend leaves nothing, there is white space
             assert start < end and text[start:end].isspace()
+
+
+def test_spans_of_a_byte_level_tokenizer_that_normalises_are_in_the_text_as_given():
+    tokenizer = copy.deepcopy(load("tiny-gpt2"))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("&", "and")
+    spans = rm_spans(tokenizer, "A", " & B", 100, causal=True)
+    assert_cover_in_order(spans, "A & B")
+    assert spans[0] == (0, 0) and spans[-2:] == [(3, 5), (5, 5)]
 
 
 @every
@@ -547,6 +565,10 @@ def test_bad_input_gets_one_clear_line():
     fails("a mask of 1", align_response, gpt2, bert, "a", [1, 2], [True], max_length=16)
     fails("negative token id", response_text, gpt2, [1, -100])
     assert response_text(gpt2, [*byte_ids(gpt2, b"a"), -100], [True, False]) == "a"
+    bare = copy.deepcopy(bert)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    fails("no token is left", encode_pairs, bare, ["\x07"], [""], 16)
+    fails("load the fast tokenizer", encode_pairs, SimpleNamespace(is_fast=False, pad_token_id=0), ["a"], ["b"], 16)
 
 
 def test_an_empty_response_and_a_query_without_words_are_not_errors():

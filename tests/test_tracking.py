@@ -60,7 +60,7 @@ def test_tensors_and_numpy_scalars_are_numbers_and_anything_bigger_is_refused(tm
         }
         log.log(torch.tensor(7), values)
         for bad in ([1.0], torch.zeros(2), None, {"a": 1}, 1j, np.complex64(1)):
-            with pytest.raises(CourseError, match="metric x is a .*, not a number"):
+            with pytest.raises(CourseError, match=r"metric x is a .*, not a number"):
                 log.log(8, {"x": bad})
         with pytest.raises(CourseError, match="'step'"):
             log.log(8, {"step": 1})
@@ -111,20 +111,32 @@ def test_truncate_cuts_back_to_the_checkpoint_in_both_places(tmp_path):
 
 
 def test_a_tensorboard_that_is_open_forgets_what_was_cut(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # the server's own
+    from tensorboard.util.tensor_util import make_ndarray
 
-    log = MetricsLogger(tmp_path)
-    for step in range(6):
-        log.log(step, {"kl": float(step)})
-    log._writer.flush()
-    reader = EventAccumulator(str(tmp_path))
+    def scalars(tag):
+        return [(event.step, float(make_ndarray(event.tensor_proto))) for event in reader.Tensors(tag)]
+
+    with MetricsLogger(tmp_path) as log:
+        for step in range(6):
+            log.log(step, {"kl": float(step), **({"late": 1.0} if step > 3 else {})})
+    reader = EventAccumulator(str(tmp_path)).Reload()
+    assert len(scalars("kl")) == 6 and len(scalars("late")) == 2
+    with MetricsLogger(tmp_path) as log:
+        log.truncate(2)
+        log.log(3, {"kl": 33.0})
     reader.Reload()
-    assert len(reader.Scalars("kl")) == 6
-    log.truncate(2)
-    log.log(3, {"kl": 33.0})
-    log.close()
-    reader.Reload()
-    assert [(e.step, e.value) for e in reader.Scalars("kl")] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 33.0)]
+    assert scalars("kl") == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 33.0)]
+    assert scalars("late") == []
+
+
+def test_opened_again_without_a_cut_both_places_keep_everything(tmp_path):
+    for start in (0, 3):
+        with MetricsLogger(tmp_path) as log:
+            for step in range(start, start + 3):
+                log.log(step, {"kl": float(step)})
+    assert steps(tmp_path) == list(range(6))
+    assert shown(tmp_path) == {"kl": [(step, float(step)) for step in range(6)]}
 
 
 def test_truncate_keeps_the_times_at_which_things_happened(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_nb_utils import plots, widgets
-from rlhf_nb_utils.config import ConfigError, CourseError, Section, load_config
+from rlhf_nb_utils.config import PROFILES, ConfigError, CourseError, Section, load_config
 from rlhf_nb_utils.evaluation import Interval, Row
 
 CFG = load_config("cpu")
@@ -71,6 +71,18 @@ def test_texts_stand_side_by_side_with_their_scores():
 def test_texts_that_do_not_fit_together_are_refused(arguments):
     with pytest.raises(CourseError, match="one response"):
         widgets.show_texts(*arguments)
+
+
+def test_the_profile_table_shows_every_profile_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv("RLHF_NB_PROFILE", "smoke")
+    table = widgets.profile_table("ppo.iterations", "data.source")
+    assert table.headers == ("setting", *PROFILES)
+    assert [row[0] for row in table.rows] == ["what it is for", "ppo.iterations", "data.source"]
+    column = table.headers.index("gpu-12gb")
+    assert [table.rows[i][column] for i in (1, 2)] == ["200", "imdb"]
+    assert "RTX 3060" in table.rows[0][column] and not table.rows[0][column].startswith("#")
+    with pytest.raises(ConfigError, match=r"ppo\.iteration"):
+        widgets.profile_table("ppo.iteration")
 
 
 def test_the_hyperparameter_table_shows_the_values_in_use():
