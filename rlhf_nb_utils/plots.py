@@ -58,6 +58,7 @@ LABELS = {
     "accuracy": "pairs in the right order, training",
     "heldout_accuracy": "pairs in the right order, held out",
     "gap": "score of chosen − rejected",
+    "reward_model/loss": "loss, nats per comparison",
 }
 
 
@@ -290,7 +291,7 @@ def plot_next_tokens(tokens: Sequence[str], probabilities: Mapping[str, Sequence
     _same_length("tokens and their probabilities", tokens, *series.values())
     if min(p.min() for p in series.values()) < 0 or max(p.max() for p in series.values()) > 1:
         raise PlotError("probabilities must lie in [0, 1]: pass softmax(logits), not the logits")
-    ax = _canvas(ax, (6.4, 0.9 + (0.14 + 0.14 * len(series)) * len(tokens)))
+    ax = _canvas(ax, (6.4, 0.9 + (0.15 + 0.1 * len(series)) * len(tokens)))
     rows, thick = np.arange(len(tokens)), 0.8 / len(series)
     for index, (name, p) in enumerate(series.items()):
         look, at = _look(index), rows - 0.4 + thick * (index + 0.5)
