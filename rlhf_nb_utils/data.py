@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from rlhf_nb_utils import hub
 from rlhf_nb_utils.config import DATA, CourseError, DataConfig
 
 IMDB = "stanfordnlp/imdb"
-IMDB_SPLITS = ("train", "test", "unsupervised")
 # Reviews of each split are shuffled once with this seed, then cut: (role, split, first, last).
 IMDB_SEED = 0
 IMDB_ROLES = (
@@ -78,34 +78,33 @@ def load_imdb_role(role: str) -> tuple[list[str], list[str], np.ndarray]:
 
     An identifier is ``split-row``. Roles are disjoint by identifier and by text.
     """
-    return imdb_roles()[role]
+    return imdb_roles(last=role)[role]
 
 
-def imdb_roles() -> dict[str, tuple[list[str], list[str], np.ndarray]]:
-    """All roles of IMDb at once: ``role -> (ids, texts, labels)``."""
-    tables = {}
-    for split in IMDB_SPLITS:
-        path = hub.resolve(IMDB, f"plain_text/{split}-00000-of-00001.parquet", repo_type="dataset")
-        table = pq.read_table(path, columns=["text", "label"])
-        tables[split] = (table.column("text").to_pylist(), table.column("label").to_numpy())
-    bounds = {role: (split, first, last) for role, split, first, last in IMDB_ROLES}
+def imdb_roles(last: str = ROLE_PRIORITY[-1]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
+    """The roles of IMDb, ``role -> (ids, texts, labels)``, in the order of ``ROLE_PRIORITY`` and no further than ``last``."""
+    bounds = {role: (split, first, end) for role, split, first, end in IMDB_ROLES}
     seen: set[str] = set()
     roles = {}
-    for role in ROLE_PRIORITY:
-        split, first, last = bounds[role]
-        texts, labels = tables[split]
-        order = np.random.default_rng(IMDB_SEED).permutation(len(texts))[first:last]
+    for role in ROLE_PRIORITY[: ROLE_PRIORITY.index(last) + 1]:
+        split, first, end = bounds[role]
+        texts, labels = _imdb_split(split)
         ids, kept, kept_labels = [], [], []
-        for row in order:
+        for row in np.random.default_rng(IMDB_SEED).permutation(len(texts))[first:end]:
             text = clean_text(texts[row])
-            if not text or text in seen:
-                continue
-            seen.add(text)
-            ids.append(f"{split}-{row:05d}")
-            kept.append(text)
-            kept_labels.append(int(labels[row]))
+            if text and text not in seen:
+                seen.add(text)
+                ids.append(f"{split}-{row:05d}")
+                kept.append(text)
+                kept_labels.append(int(labels[row]))
         roles[role] = (ids, kept, np.asarray(kept_labels))
     return roles
+
+
+def _imdb_split(split: str) -> tuple[list[str], np.ndarray]:
+    path = hub.resolve(IMDB, f"plain_text/{split}-00000-of-00001.parquet", repo_type="dataset")
+    table = pq.read_table(path, columns=["text", "label"])
+    return table.column("text").to_pylist(), table.column("label").to_numpy()
 
 
 def short_review(text: str) -> str | None:
@@ -174,6 +173,7 @@ def _embedded() -> dict[str, list[Review]]:
     return roles
 
 
+@cache  # four uses, one reading
 def _short_imdb() -> dict[str, list[Review]]:
     ids, texts, labels = load_imdb_role("prompts")
     short = [(i, short_review(text), label) for i, text, label in zip(ids, texts, labels)]

@@ -321,11 +321,11 @@ def load_reward_model(stage: Stage, cfg: Config) -> RewardModel:
     return RewardModel.load(stage.path, models.pick_device(cfg.device))
 
 
-def ppo(cfg: Config, callback=None, reward_fn: ppo_.RewardFn | None = None) -> Stage:
+def ppo(cfg: Config, callback=None) -> Stage:
     """PPO from the SFT policy against the reward model. Killed at any moment, it goes on from its last checkpoint.
 
-    ``callback(state, metrics, samples)`` follows it. ``reward_fn`` in place of the reward model is not a stage of its
-    own (a function has no hash): call ``rlhf_nb_utils.ppo.train`` for that.
+    ``callback(state, metrics, samples)`` follows it. A reward function in place of the reward model makes no stage (a
+    function has no hash): call ``rlhf_nb_utils.ppo.prepare`` and ``train`` for that.
     """
     first, scored = sft(cfg), reward_model(cfg)
 
