@@ -24,6 +24,10 @@ from matplotlib.ticker import PercentFormatter
 
 from rlhf_nb_utils.config import CourseError
 
+# Load the backend now. The first figure would load it inside a style context, and what a notebook's backend sets (to show
+# figures at the end of a cell) would be undone when the style is.
+plt.switch_backend(matplotlib.get_backend())
+
 STYLE = str(Path(__file__).with_name("course.mplstyle"))
 INK, GREY, PALE = "#222222", "#777777", "#e6e6e6"
 STEPS = ("SFT", "preferences", "reward model", "rollouts", "KL", "policy gradient", "GAE", "PPO", "evaluation")
