@@ -111,7 +111,7 @@ def _identity(cfg: Config, name: str) -> dict[str, Any]:
 def _files_of(name: Any) -> str | None:
     """What lies in a model's folder given by its path, by size and time. `_data_hash` covers the models of data/."""
     path = Path(str(name)).expanduser()
-    if (DATA / "models" / str(name)).is_dir() or not path.is_dir():
+    if not path.is_dir() or (not path.is_absolute() and (DATA / "models" / path).is_dir()):
         return None
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir()) if f.is_file()]
     return _digest(json.dumps(files).encode())[:12]

@@ -42,7 +42,7 @@ class Killed(BaseException):
 def invented_reviews():
     """Reviews nobody wrote, 24 for each use, every opening different."""
     words = itertools.product(("old", "new", "long", "odd"), ("film", "story", "cast", "plot"), ("fine", "dull", "warm"), "ab")
-    texts = [f"This {a} {b} {tag} seemed {c} to me. I would watch it again." for a, b, c, tag in words]
+    texts = [f"{a.title()} {b}s {c}{tag} enough to be seen twice, and I did. Watch it." for a, b, c, tag in words]
     rows = [data.Review(f"r-{i:03d}", text, i % 2) for i, text in enumerate(texts)]
     return {role: rows[24 * i : 24 * (i + 1)] for i, role in enumerate(("evaluation", "ppo", "preferences", "sft"))}
 
@@ -214,12 +214,12 @@ def test_a_rebuild_says_what_changed(here, monkeypatch, capsys):
         return [line.removeprefix("stage ") for line in capsys.readouterr().err.splitlines() if line.startswith("stage ")]
 
     assert lines(here.cfg) == []
-    assert lines(settings(here.folder, preferences__noise=2.0)) == [
-        "preferences: building, because preferences.noise was 1.0 and is 2.0"
-    ]
     assert lines(settings(here.folder, sft__learning_rate=1e-4)) == [
         "sft: building, because sft.learning_rate was 0.0005 and is 0.0001",
         "preferences: building, because stage sft before it changed",
+    ]
+    assert lines(settings(here.folder, sft__learning_rate=1e-4, preferences__noise=2.0)) == [
+        "preferences: building, because preferences.noise was 1.0 and is 2.0"
     ]
     monkeypatch.setattr(stages, "_code_hash", lambda: "other")
     assert lines(here.cfg, "sft") == ["sft: building, because sft.learning_rate was 0.0001 and is 0.0005"]
@@ -255,7 +255,7 @@ def spoil(path, how):
 @pytest.mark.parametrize("how", ["no record", "half a record", "a file is missing", "a file is cut short"])
 def test_a_half_written_stage_is_not_found_and_is_built_anew(here, capsys, how):
     whole = stages.require(here.cfg, "sft")
-    weights = load_file(whole.path / "model.safetensors")
+    weights = {name: tensor.clone() for name, tensor in load_file(whole.path / "model.safetensors").items()}
     spoil(whole.path, how)
     assert stages.find(here.cfg, "sft") is None
     with pytest.raises(stages.StageError, match="missing or stale"):
@@ -423,7 +423,7 @@ def stopped_after_four(here):
 def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(here, straight):
     os.truncate(stopped_after_four(here) / "000004/policy.safetensors", 500)
     iterations = []
-    with pytest.warns(UserWarning, match="000004 is corrupt: going on from 000002"):
+    with pytest.warns(UserWarning, match="000004 .*is corrupt: going on from 000002"):
         stage = stages.ppo(here.cfg, lambda state, *_: iterations.append(state.iteration))
     assert iterations == [3, 4, 5]
     assert_same(stage, straight)
