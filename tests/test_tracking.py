@@ -34,6 +34,15 @@ def shown(folder):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def stored(folder):
+    """Every (tag, step) in the event files themselves, for readers that know of no purge (TensorBoard's fast one)."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = sorted(Path(folder).glob("events.out.tfevents.*"))
+    events = [event for path in files for event in EventFileLoader(str(path)).Load()]
+    return sorted((value.tag, event.step) for event in events for value in event.summary.value)
+
+
 def strict(text):
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -108,6 +117,7 @@ def test_truncate_cuts_back_to_the_checkpoint_in_both_places(tmp_path):
     assert read_metrics(tmp_path)[-1]["kl"] == 33.0
     # the evaluations of steps 3 and 5 are gone although nothing was logged under their tag since
     assert shown(tmp_path) == {"kl": [(0, 0.0), (1, 1.0), (2, 2.0), (3, 33.0)], "evaluation": [(1, 11.0)]}
+    assert stored(tmp_path) == [("evaluation", 1), ("kl", 0), ("kl", 1), ("kl", 2), ("kl", 3)]
 
 
 def test_a_tensorboard_that_is_open_forgets_what_was_cut(tmp_path):
