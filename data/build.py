@@ -1,7 +1,7 @@
 """Make every file of data/ from IMDb: tokenizers, four small models and the sampled reviews.
 
     python data/build.py --calibrate            tokens/s of each training first, and the time it will take
-    python data/build.py [--only lm bert ...]   make them (steps found in runs/build are not repeated)
+    python data/build.py [--only lm bert ...]   make them, or the named ones
     python data/build.py --evaluate             every figure of data/README.md, with its protocol
 
 No text of IMDb is written to data/. What is written there: weights trained on IMDb, tokenizers' vocabularies, and
@@ -66,6 +66,7 @@ BERT = {
     "contrast": 0.5,
 }
 JUDGE = {"steps": 5_500, "batch": 48, "lr": 6e-4, "warmup": 200, "windows": (32, 64, 128, 256)}
+SHARES = (0.4, 0.3, 0.15, 0.15)  # how often each of the judge's windows is used
 EVALUATOR = {"l2": 2e-5}
 REVIEWS = {"samples": 32_000, "temperature": 0.8}
 
@@ -190,8 +191,6 @@ def build_lm(roles, calibrate: float = 0.0) -> float:
         if step % 100 == 0 or step == steps - 1:
             left = (steps - step) * LM["batch"] * WINDOW / rate / 60
             say(f"lm: step {step}/{steps} loss {np.mean(losses[-100:]):.3f} {rate:.0f} tokens/s, {left:.0f} min left")
-        if step in (300, 600, 1100):
-            torch.save(model.state_dict(), WORK / "draft.pt")
     torch.save(model.state_dict(), WORK / "twin.pt")
     model.load_state_dict(torch.load(WORK / "base.pt", weights_only=True))
     export(model, "tiny-gpt2")
@@ -328,7 +327,7 @@ def build_judge(roles, calibrate: float = 0.0) -> float:
     for step in range(cfg["steps"]):
         scale = min((step + 1) / cfg["warmup"], (cfg["steps"] - step) / (cfg["steps"] - cfg["warmup"]))
         optimizer.param_groups[0]["lr"] = cfg["lr"] * scale
-        length = int(rng.choice(cfg["windows"], p=(0.4, 0.3, 0.15, 0.15)))
+        length = int(rng.choice(cfg["windows"], p=SHARES))
         rows = np.zeros((max(16, cfg["batch"] * 64 // length), length), np.int64)
         picked = rng.integers(0, len(ids), len(rows))
         for b, review in enumerate(picked):
@@ -516,7 +515,7 @@ def evaluate(roles) -> None:
     windows = word_windows(texts, judge.tokenizer)
     for name, model in (("tiny-judge", judge), ("tiny-evaluator", evaluator)):
         whole, part = (float(((model.score(t) > 0) == (labels == 1)).mean()) for t in (texts, windows))
-        print(f"{name}: {whole:.3f} of {len(texts)} whole test reviews (judge: first 256 tokens), {part:.3f} of one random")
+        print(f"{name}: {whole:.3f} of {len(texts)} whole test reviews (judge: last 256 tokens), {part:.3f} of one random")
         print("    window of 58 WordPiece tokens of each (seed 0); threshold 0, text cleaned, [CLS] … [SEP] around it")
     rows = pq.read_table(ROOT / "reviews.parquet").to_pylist()
     tokenizer = load_tokenizer("tiny-gpt2")
@@ -552,7 +551,8 @@ def main() -> int:
         work = {
             "lm": LM["tokens"],
             "bert": BERT["steps"] * BERT["batch"] * 2 * BERT["length"],
-            "judge": JUDGE["steps"] * JUDGE["batch"] * 64,
+            "judge": JUDGE["steps"]
+            * int(sum(p * n * max(16, JUDGE["batch"] * 64 // n) for p, n in zip(SHARES, JUDGE["windows"]))),
         }
         for name, tokens in work.items():
             rate = BUILDERS[name](roles, calibrate=20)

@@ -53,6 +53,12 @@ class DataConfig(Section):
     min_opening_words: int = Field(3, ge=1, le=20, description="shortest opening of a review used as a query")
     max_opening_words: int = Field(8, ge=1, le=40, description="longest opening of a review used as a query")
 
+    @model_validator(mode="after")
+    def openings_are_ordered(self):
+        if self.min_opening_words > self.max_opening_words:
+            raise ValueError(f"min_opening_words {self.min_opening_words} is above max_opening_words {self.max_opening_words}")
+        return self
+
 
 class ModelsConfig(Section):
     """Names of data/models/ or repository ids."""
@@ -81,6 +87,9 @@ class PreferencesConfig(Section):
 
     criterion: Literal["sentiment", "descriptiveness", "clarity", "clean-language"] = Field(
         "sentiment", description="what the annotator prefers"
+    )
+    source: str = Field(
+        "annotator", description="annotator, or comparisons made elsewhere: a .jsonl or .parquet file, a data set"
     )
     responses_per_prompt: int = Field(2, ge=2, le=8, description="2 gives pairs, 3 and more gives rankings")
     temperature: float = Field(1.0, gt=0, le=2, description="sampling temperature of the completions")
@@ -127,7 +136,9 @@ class PPOConfig(Section):
     kl_controller: Literal["fixed", "adaptive"] = Field("fixed", description="constant β, or steered towards kl_target")
     kl_target: float = Field(6.0, gt=0, le=1000, description="nats per response the adaptive controller aims at")
     kl_horizon: float = Field(400.0, gt=0, le=1e6, description="episodes over which the adaptive controller acts")
-    kl_estimator: Literal["k1", "k3"] = Field("k1", description="per-token KL estimate that enters the reward")
+    kl_estimator: Literal["k1", "k3"] = Field(
+        "k1", description="KL estimate in the reward; the gradient is right with k1, biased with k3"
+    )
     gamma: float = Field(1.0, ge=0, le=1, description="discount")
     lam: float = Field(0.95, ge=0, le=1, description="λ of GAE: 0 one-step TD error, 1 Monte Carlo")
     whiten_advantages: bool = Field(True, description="masked mean 0 and std 1, after the returns are formed")
@@ -143,7 +154,10 @@ class PPOConfig(Section):
     adam_eps: float = Field(1e-5, gt=0, le=1e-2, description="AdamW's epsilon")
     critic: Literal["shared", "separate"] = Field("shared", description="value head on the policy, or a model of its own")
     ref_update_interval: int = Field(
-        0, ge=0, le=100_000, description="copy the policy into the reference every n iterations; 0 = never"
+        0,
+        ge=0,
+        le=100_000,
+        description="copy the policy into the reference every n iterations (the score keeps its unit); 0 = never",
     )
     evaluation_interval: int = Field(10, ge=1, le=100_000, description="iterations between evaluations")
     checkpoint_interval: int = Field(10, ge=1, le=100_000, description="iterations between checkpoints")
@@ -179,6 +193,15 @@ class Config(Section):
     rollouts: RolloutsConfig = RolloutsConfig()
     ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def evaluation_prompts_suffice(self):
+        many, used, best = self.data.n_evaluation, self.evaluation.n_prompts, self.evaluation.best_of_prompts
+        if not best <= used <= many:
+            raise ValueError(
+                f"evaluation.best_of_prompts {best} <= evaluation.n_prompts {used} <= data.n_evaluation {many} does not hold"
+            )
+        return self
 
     def table(self, *sections: str) -> list[tuple[str, Any, str]]:
         """Rows (dotted name, value, description) of the named sections, all of them by default."""

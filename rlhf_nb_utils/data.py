@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf_nb_utils import hub
@@ -194,22 +195,40 @@ def load_comparisons(source: str | Path, split: str = "train") -> list[Compariso
     if path.suffix in (".jsonl", ".json"):
         rows = _read_jsonl(path)
     elif path.suffix == ".parquet":
-        if not path.is_file():
-            raise DataError(f"no such file: {path}")
-        rows = pq.read_table(path).to_pylist()
+        rows = _read_parquet(path)
     else:
-        import datasets
+        rows = _read_hub(str(source), split)
+    return [_comparison(row, f"{path.name}:{number}") for number, row in enumerate(rows, 1)]
 
-        folder = hub.snapshot(str(source), ["*.parquet"], "dataset")
-        rows = datasets.load_dataset(str(folder), split=split)
-    return [_comparison(row, f"{path.name}:{number}") for number, row in enumerate(rows)]
+
+def _read_parquet(path: Path) -> list[dict]:
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    try:
+        return pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path.name} is no parquet file ({str(error).splitlines()[0][:80]})") from None
+
+
+def _read_hub(repo_id: str, split: str):
+    import datasets
+
+    folder = hub.snapshot(repo_id, ["*.parquet"], "dataset")
+    try:
+        return datasets.load_dataset(str(folder), split=split)
+    except ValueError as error:  # an unknown split; the library names those there are
+        raise DataError(f"{repo_id}: {str(error).splitlines()[0][:160]}") from None
 
 
 def _read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         raise DataError(f"no such file: {path}")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path.name} is not UTF-8 text: save it as such") from None
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -219,9 +238,11 @@ def _read_jsonl(path: Path) -> list[dict]:
 
 
 def _comparison(row: dict, where: str) -> Comparison:
-    prompt = _plain(row.get("prompt", ""))
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row must be an object with prompt, chosen and rejected")
+    prompt = _plain(row.get("prompt"))
     if "responses" in row:
-        responses, scores = [_plain(r) for r in row["responses"]], row.get("scores")
+        responses, scores = [_plain(r) for r in row["responses"] or []], row.get("scores")
     elif "chosen" in row and "rejected" in row:
         responses = [_plain(row["chosen"]), _plain(row["rejected"])]
         pair = [row.get(f"score_{side}", row.get(f"{side}_score")) for side in ("chosen", "rejected")]
@@ -233,11 +254,17 @@ def _comparison(row: dict, where: str) -> Comparison:
         raise DataError(f"{where}: at least two responses that are not empty are needed")
     if scores is not None and len(scores) != len(responses):
         raise DataError(f"{where}: {len(responses)} responses but {len(scores)} scores")
-    return Comparison(prompt, tuple(responses), tuple(map(float, scores)) if scores is not None else None, where)
+    try:
+        numbers = None if scores is None else tuple(map(float, scores))
+    except (TypeError, ValueError):
+        raise DataError(f"{where}: scores must be numbers, not {scores!r}") from None
+    return Comparison(prompt, tuple(responses), numbers, where)
 
 
 def _plain(value) -> str:
-    """A text, or the last message of a chat."""
+    """A text ("" for None), or the last message of a chat."""
+    if value is None:
+        return ""
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         return str(value[-1].get("content", ""))
     return str(value)

@@ -304,13 +304,13 @@ class Evaluation:
 def evaluate(policy, reference, tokenizer, queries: list[str], scorers: dict[str, Scorer], cfg: Config) -> Evaluation:
     """Sample one response to each of the P ``queries`` with ``cfg.rollouts`` and ``cfg.seed``, and measure it.
 
-    Two policies evaluated with the same ``cfg`` are paired by prompt, and share their random numbers.
+    Two policies evaluated with the same ``cfg`` are paired by prompt.
     Raises EvaluationError if there is no prompt, or a scorer returns NaN or a wrong number of scores.
     """
     if not queries:
         raise EvaluationError("no evaluation prompts: raise evaluation.n_prompts")
     rollout, tokens_per_second = _sample(policy, tokenizer, queries, cfg)
-    kl = exact_kl_per_response(policy, reference, rollout).double().cpu().numpy()
+    kl = exact_kl_per_response(policy, reference, rollout).cpu().double().numpy()
     if not np.isfinite(kl).all():
         raise EvaluationError(f"KL of evaluation prompt {int(np.argmax(~np.isfinite(kl)))} is not finite: policy broken")
     responses = tokenizer_bridge.response_texts(tokenizer, rollout.responses, rollout.mask)

@@ -25,7 +25,7 @@ from rlhf_nb_utils.config import DATA, ROOT, CourseError
 
 PROBE_SECONDS = 2.0
 SETTINGS = ("config.json", "tokenizer_config.json")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or `<name>.index.json` and every shard it lists
+WEIGHTS = ("model.safetensors",)  # or `<name>.index.json` and every shard it lists
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
 _TRUE = {"1", "ON", "YES", "TRUE"}  # what huggingface_hub takes for true
 _state = {"raised_here": False}  # whether the offline flags are ours, and the next call may ask again
@@ -67,7 +67,7 @@ def snapshot(repo_id: str, patterns: list[str], repo_type: str = "model") -> Pat
     The cache cannot tell whether it has all the files of a glob, so it is used only where the network is not there.
     """
     folder = local_dir(repo_id)
-    if not (folder and all(any(folder.glob(pattern)) for pattern in patterns)):
+    if not (folder and all(any(folder.rglob(pattern)) for pattern in patterns)):
         try:
             folder = Path(_download(huggingface_hub.snapshot_download, repo_id, patterns, repo_type))
         except HubError:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from rlhf_nb_utils import hub
-from rlhf_nb_utils.config import CourseError
+from rlhf_nb_utils.config import CourseError, TrainingError
 from rlhf_nb_utils.ngrams import NGramLinear
 from rlhf_nb_utils.tensor_ops import entropy_from_logits, logprobs_from_logits
 
@@ -62,6 +63,26 @@ def disable_dropout(model: nn.Module) -> nn.Module:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return model.eval()
+
+
+def load_weights(auto, source: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """``auto.from_pretrained`` for safetensors only. Raises ModelError, in one line, where there are none or they are broken."""
+    try:
+        return auto.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(f"cannot load {source}: weights in safetensors are needed ({reason})") from None
+
+
+def refuse_bf16_weights(module: nn.Module) -> None:
+    """Raises TrainingError for bf16 weights under plain AdamW: without an fp32 master, small steps round to nothing."""
+    if any(p.dtype == torch.bfloat16 for p in module.parameters()):
+        raise TrainingError("bfloat16 weights need an fp32 master, which AdamW has not: models.dtype=float32, autocast=true")
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether torch's fused AdamW runs there: on CPU and CUDA."""
+    return device.type in ("cpu", "cuda")
 
 
 class Policy(nn.Module):
@@ -169,7 +190,7 @@ def load_policy(name: str, dtype: str = "float32", separate_critic: bool = False
     kinds = " ".join(getattr(config, "architectures", None) or [])
     if config.is_encoder_decoder or not any(word in kinds for word in ("CausalLM", "LMHead")):
         raise ModelError(f"{name} is no causal language model ({kinds or config.model_type}): models.policy needs one")
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+    lm = load_weights(AutoModelForCausalLM, path, getattr(torch, dtype))
     policy = Policy(lm, separate_critic)
     critic = Path(path) / CRITIC_FILE
     if critic.is_file():
@@ -203,8 +224,8 @@ class TextClassifier:
             batch = self.tokenizer(
                 [texts[i] for i in rows], padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
             ).to(self.model.device)
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
-            scores[rows] = (logits[:, self.positive] - logits[:, self.negative]).cpu().numpy()
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.cpu().double()
+            scores[rows] = (logits[:, self.positive] - logits[:, self.negative]).numpy()
         return scores
 
 
@@ -217,8 +238,9 @@ def load_classifier(name: str, device: torch.device | str = "cpu") -> TextClassi
     config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name)
     positive, negative = _sentiment_labels(name, config.id2label)
     source = str(path) if path.is_dir() else name
-    model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, use_safetensors=True).to(device)
+    model = load_weights(AutoModelForSequenceClassification, source).to(device)
     tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(name))
+    tokenizer.truncation_side = "left"  # what is judged is the end: the query is cut, not the response
     limit = min(256, int(getattr(config, "max_position_embeddings", 258)) - 2)
     return TextClassifier(model, tokenizer, positive, negative, limit)
 

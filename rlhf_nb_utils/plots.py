@@ -715,15 +715,15 @@ def plot_pipeline(step: str = "") -> Figure:
         lit = name == step
         ax.add_patch(
             matplotlib.patches.FancyBboxPatch(
-                (index * 1.25, 0), 1.0, 0.8, boxstyle="round,pad=0,rounding_size=0.12", linewidth=2 if lit else 1,
+                (index * 1.25, 0), 1.1, 0.8, boxstyle="round,pad=0,rounding_size=0.12", linewidth=2 if lit else 1,
                 facecolor="#0072B2" if lit else "#f2f2f2", edgecolor=INK if lit else "#999999",
             )
         )  # fmt: skip
-        ax.text(index * 1.25 + 0.5, 0.4, name.replace(" ", "\n"), ha="center", va="center", fontsize=10,
-                color="white" if lit else INK, weight="bold" if lit else "normal")  # fmt: skip
+        ax.text(index * 1.25 + 0.55, 0.4, name.replace(" ", "\n"), ha="center", va="center", fontsize=9,
+                color="white" if lit else INK)  # fmt: skip
         if index:
-            ax.annotate("", (index * 1.25 - 0.02, 0.4), (index * 1.25 - 0.23, 0.4),
+            ax.annotate("", (index * 1.25 - 0.02, 0.4), (index * 1.25 - 0.14, 0.4),
                         arrowprops={"arrowstyle": "-|>", "color": GREY, "shrinkA": 0, "shrinkB": 0})  # fmt: skip
-    ax.set(xlim=(-0.05, 1.25 * len(STEPS) - 0.2), ylim=(-0.05, 0.85))
+    ax.set(xlim=(-0.05, 1.25 * len(STEPS) - 0.1), ylim=(-0.05, 0.85))
     ax.axis("off")
     return figure

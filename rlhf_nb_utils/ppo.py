@@ -19,7 +19,7 @@ import torch
 from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError
 from rlhf_nb_utils.gae import gae, token_rewards
 from rlhf_nb_utils.kl import AdaptiveKL, FixedKL, k1, k3
-from rlhf_nb_utils.models import Policy, autocast
+from rlhf_nb_utils.models import Policy, autocast, has_fused_adamw, refuse_bf16_weights
 from rlhf_nb_utils.rollouts import Rollout, encode_queries, sample_many
 from rlhf_nb_utils.tensor_ops import masked_mean, masked_var, whiten
 from rlhf_nb_utils.tokenizer_bridge import response_texts
@@ -149,7 +149,13 @@ def update(policy, optimizer, batch: Batch, cfg: PPOConfig, generator, temperatu
 
 def scores_of(reward_fn: RewardFn, queries: list[str], responses: list[str], device) -> torch.Tensor:
     """The reward function's scores (B,) fp32. Raises TrainingError for a wrong number of them, or one not finite."""
-    scores = torch.as_tensor(reward_fn(queries, responses), dtype=torch.float32).detach().to(device)
+    given = reward_fn(queries, responses)
+    try:
+        scores = torch.as_tensor(given, dtype=torch.float32).detach().to(device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TrainingError(
+            f"reward_fn gave {type(given).__name__}: a list or tensor of one number per response is needed"
+        ) from None
     if scores.shape != (len(responses),):
         raise TrainingError(f"reward_fn gave shape {tuple(scores.shape)} for {len(responses)} responses: one score each")
     if not scores.isfinite().all():
@@ -198,6 +204,14 @@ def make_batch(state: TrainState, reward_fn: RewardFn, queries: list[str], rollo
     return batch, {key: float(value) for key, value in metrics.items()}, responses
 
 
+def check(cfg: Config) -> None:
+    """Raises TrainingError for settings under which PPO would not be PPO; to be asked before anything is trained."""
+    if cfg.rollouts.top_k or cfg.rollouts.top_p < 1:
+        raise TrainingError("PPO needs rollouts.top_k=0 and top_p=1: logprobs must come from the distribution sampled from")
+    if cfg.ppo.kl_controller == "adaptive" and not cfg.ppo.kl_coef:
+        raise TrainingError("an adaptive ppo.kl_coef cannot start at 0, which no factor moves: give it a start, or fix it at 0")
+
+
 def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenizer, cfg: Config) -> TrainState:
     """A fresh run: optimizer, KL controller, and the score's mean and std on the *reference's* samples.
 
@@ -205,18 +219,14 @@ def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenize
     """
     if not prompts:
         raise TrainingError("PPO has no prompts: raise data.n_ppo, or pass at least one")
-    if cfg.rollouts.top_k or cfg.rollouts.top_p < 1:
-        raise TrainingError("PPO needs rollouts.top_k=0 and top_p=1: logprobs must come from the distribution sampled from")
-    if any(p.dtype == torch.bfloat16 for p in policy.parameters()):
-        raise TrainingError("bfloat16 weights need an fp32 master, which AdamW has not: models.dtype=float32, autocast=true")
+    check(cfg)
+    refuse_bf16_weights(policy)
     ppo = cfg.ppo
     groups = policy.parameter_groups(ppo.learning_rate, ppo.critic_learning_rate)
-    optimizer = torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=0.0, fused=policy.device.type != "mps")
+    optimizer = torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=0.0, fused=has_fused_adamw(policy.device))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     adaptive = ppo.kl_controller == "adaptive"
-    if adaptive and not ppo.kl_coef:
-        raise TrainingError("an adaptive ppo.kl_coef cannot start at 0, which no factor moves: give it a start, or fix it at 0")
     controller = AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) if adaptive else FixedKL(ppo.kl_coef)
     queries = [prompts[i % len(prompts)] for i in range(max(min(NORM_SAMPLES, 4 * ppo.batch_size), 2))]
     ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, -1, 0)

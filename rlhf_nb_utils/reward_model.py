@@ -133,7 +133,7 @@ class RewardModel(nn.Module):
         _check_labels(AutoConfig.from_pretrained(path), source)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(str(source)))
-        backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
+        backbone = models.load_weights(AutoModel, path)
         return cls(backbone, tokenizer, pooling, max_length, dropout, seed)
 
     @property
@@ -373,7 +373,7 @@ def _optimizer(model: RewardModel, learning_rate: float, weight_decay: float) ->
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=models.has_fused_adamw(model.device))
 
 
 def _warmup_decay(total: int, ratio: float) -> Callable[[int], float]:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from rlhf_nb_utils.config import CourseError, RolloutsConfig
 from rlhf_nb_utils.models import Policy, autocast, position_ids
+from rlhf_nb_utils.tensor_ops import logprobs_from_logits
 
 # Compacting the cache copies it: wait until this share of the rows in it has finished.
 COMPACT_SHARE = 0.125
@@ -151,12 +152,14 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
             ).last_hidden_state[:, -1]
             logits = policy.lm.get_output_embeddings()(hidden).float() / cfg.temperature
             value = policy.value_head(hidden).squeeze(-1).float() if policy.value_trunk is None else 0.0
+        if not logits.isfinite().all():
+            raise RolloutError(f"the policy's logits are not finite at response token {t + 1}: lower the learning rate")
         probs = filter_logits(logits, cfg.top_k, cfg.top_p).softmax(-1)
         token = torch.multinomial(probs, 1, generator=generator).squeeze(1)
         going = ~ended[alive]
         keep = alive[going]
         responses[keep, t], mask[keep, t] = token[going], True
-        logprobs[alive, t] = torch.where(going, logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(-1), 0.0)
+        logprobs[alive, t] = torch.where(going, logprobs_from_logits(logits[:, None], token[:, None]).squeeze(1), 0.0)
         values[alive, t] = torch.where(going, value, 0.0)
         ended[keep] = token[going] == eos
         left = ~ended[alive]
@@ -176,6 +179,8 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
 
 def sample_many(policy, query_ids, cfg: RolloutsConfig, tokenizer, seed: int, bf16: bool = False, progress=None) -> Rollout:
     """``sample`` in batches of ``cfg.batch_size``, reproducible from ``seed``; ``progress(done, total)`` after each."""
+    if not query_ids:
+        raise RolloutError("no prompts to sample from: give at least one")
     generator = torch.Generator(policy.device).manual_seed(seed)
     parts = []
     for start in range(0, len(query_ids), cfg.batch_size):

@@ -10,7 +10,7 @@ import math
 import torch
 
 from rlhf_nb_utils.config import CourseError, SFTConfig, TrainingError
-from rlhf_nb_utils.models import Policy, autocast
+from rlhf_nb_utils.models import Policy, autocast, has_fused_adamw, refuse_bf16_weights
 from rlhf_nb_utils.tensor_ops import logprobs_from_logits, masked_mean
 
 
@@ -66,10 +66,13 @@ def train(
 ) -> list[dict]:
     """Fine-tune ``policy`` in place on (query, response) texts; returns one row of metrics per optimizer step.
 
-    ``callback(step, steps, row)`` follows it live. Raises TrainingError, naming the step, if the loss is not finite.
+    ``callback(step, steps, row)`` follows it live. Raises TrainingError, naming the step, if loss or gradient is not finite.
     """
-    encoded = [encode_demonstration(tokenizer, q, r, cfg.max_length) for q, r in demonstrations]
-    optimizer = torch.optim.AdamW(policy.lm.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
+    refuse_bf16_weights(policy)
+    longest = min(cfg.max_length, policy.context_length)
+    encoded = [encode_demonstration(tokenizer, q, r, longest) for q, r in demonstrations]
+    fused, weights = has_fused_adamw(policy.device), list(policy.lm.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=fused)
     per_epoch = math.ceil(len(encoded) / cfg.batch_size)
     steps, history = per_epoch * cfg.epochs, []
     for epoch in range(cfg.epochs):
@@ -81,10 +84,12 @@ def train(
                 group["lr"] = cfg.learning_rate * linear_warmup_decay(step, steps, round(cfg.warmup_ratio * steps))
             with autocast(policy.device, bf16):
                 loss = sft_loss(policy, collate(rows, tokenizer.pad_token_id, policy.device))
-            if not torch.isfinite(loss):
-                raise TrainingError(f"SFT loss is {loss.item()} at step {step}: lower sft.learning_rate, or use float32 weights")
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.lm.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            if not torch.isfinite(loss + norm):
+                raise TrainingError(
+                    f"SFT stopped at step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: lower sft.learning_rate"
+                )
             optimizer.step()
             optimizer.zero_grad()
             row = {
@@ -104,12 +109,13 @@ def train(
 @torch.no_grad()
 def heldout_loss(policy, tokenizer, demonstrations, cfg: SFTConfig, bf16=False) -> float:
     """Nats per response token over all demonstrations: summed over tokens first, so batch sizes do not matter."""
-    encoded = [encode_demonstration(tokenizer, q, r, cfg.max_length) for q, r in demonstrations]
+    longest = min(cfg.max_length, policy.context_length)
+    encoded = [encode_demonstration(tokenizer, q, r, longest) for q, r in demonstrations]
     total, count = 0.0, 0
     for start in range(0, len(encoded), 2 * cfg.batch_size):
         batch = collate(encoded[start : start + 2 * cfg.batch_size], tokenizer.pad_token_id, policy.device)
         with autocast(policy.device, bf16):
             nll = response_nll(policy, batch)
-        total += nll[batch["mask"]].double().sum().item()
+        total += nll[batch["mask"]].cpu().double().sum().item()
         count += int(batch["mask"].sum())
     return total / count

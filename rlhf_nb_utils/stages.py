@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -47,8 +48,7 @@ SETTINGS = {
 }  # fmt: skip
 PARENTS = {"sft": (), "preferences": ("sft",), "reward_model": ("preferences",), "ppo": ("reward_model",), "evaluation": ("ppo",)}
 # Figures, the command line and what is only shown cannot change a result.
-NOT_HASHED = {"plots.py", "widgets.py", "course.py", "runner.py", "exercises.py", "stages.py"}
-STAGE_VERSION = 1  # raise it when what a stage writes changes
+NOT_HASHED = {"plots.py", "widgets.py", "course.py", "runner.py", "exercises.py"}
 DONE = "stage.json"
 CHECKPOINTS = "checkpoints"
 EVALUATED_PROMPTS = 64  # of the PPO prompts, kept from training for the curve of a run
@@ -77,7 +77,7 @@ class Stage:
 @cache
 def _code_hash() -> str:
     files = sorted(p for p in Path(__file__).parent.glob("*.py") if p.name not in NOT_HASHED)
-    return _digest(*(p.read_bytes() for p in files), str(STAGE_VERSION).encode())
+    return _digest(*(p.read_bytes() for p in files))
 
 
 @cache
@@ -102,15 +102,18 @@ def _identity(cfg: Config, name: str) -> dict[str, Any]:
         for part in key.split("."):
             value = value[part]
         chosen |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-        if key.startswith("models.") and (files := _files_of(value)):
+    for key in [key for key in chosen if key.startswith("models.") or key == "preferences.source"]:
+        if files := _files_of(chosen[key]):
             chosen[f"the files of {key}"] = files
     before = {parent: stage_hash(cfg, parent) for parent in PARENTS[name]}
     return {"settings": chosen, "code": _code_hash(), "data": _data_hash(), "before": before}
 
 
 def _files_of(name: Any) -> str | None:
-    """What lies in a model's folder given by its path, by size and time. `_data_hash` covers the models of data/."""
+    """What lies in a folder or file given by its path, by size and time. `_data_hash` covers the models of data/."""
     path = Path(str(name)).expanduser()
+    if path.is_file():
+        return _digest(json.dumps([path.stat().st_size, path.stat().st_mtime_ns]).encode())[:12]
     if not path.is_dir() or (not path.is_absolute() and (DATA / "models" / path).is_dir()):
         return None
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(path.iterdir()) if f.is_file()]
@@ -208,6 +211,7 @@ def _write(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], path:
         summary = make(work)
         found = [p.relative_to(work) for p in sorted(work.rglob("*")) if p.is_file()]
         files = {str(p): (work / p).stat().st_size for p in found if p.parts[0] != CHECKPOINTS}
+        summary = _finite(summary)
         checkpoint.write_json_atomic(work / DONE, {"identity": _identity(cfg, name), "summary": summary, "files": files})
         os.replace(work, path)
     except BaseException:
@@ -216,6 +220,13 @@ def _write(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], path:
         raise
     shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)  # not before: until the rename they are all there is
     return Stage(name, path, summary)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with NaN, an accuracy over no pairs say, as None: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _log_rows(folder: Path, rows: list[dict], prefix: str) -> None:
@@ -256,32 +267,39 @@ def load_policy(stage: Stage, cfg: Config) -> tuple[models.Policy, Any]:
 
 
 def preferences(cfg: Config, callback=None) -> Stage:
-    """Comparisons of the SFT policy's own completions, labelled by the simulated annotator."""
+    """Comparisons of the SFT policy's own completions, labelled by the simulated annotator; or those of
+    ``cfg.preferences.source``, made elsewhere."""
     first = sft(cfg)
 
     def make(folder: Path) -> dict:
-        policy, tokenizer = load_policy(first, cfg)
-        prompts, many = _prompts(cfg, "preferences"), cfg.preferences.responses_per_prompt
-        rollouts = cfg.rollouts.model_copy(update={"temperature": cfg.preferences.temperature})
-        ids = [ids for ids in encode_queries(tokenizer, prompts) for _ in range(many)]
-        sampled = sample_many(policy, ids, rollouts, tokenizer, cfg.seed + 1, cfg.models.autocast, callback)
-        texts = response_texts(tokenizer, sampled.responses, sampled.mask)
-        groups = [texts[i : i + many] for i in range(0, len(texts), many)]
-        scorer = pf.make_scorer(cfg.preferences.criterion, cfg)
-        comparisons = pf.build_comparisons(prompts, groups, scorer, cfg.preferences.noise, cfg.seed)
+        if cfg.preferences.source == "annotator":
+            comparisons, facts = _annotated(cfg, first, callback)
+        else:
+            comparisons, facts = data.load_comparisons(cfg.preferences.source), {}
         train, heldout = pf.split_by_prompt(comparisons, cfg.preferences.heldout_fraction, cfg.seed)
         pf.save_labels(folder / "train.jsonl", train)
         pf.save_labels(folder / "heldout.jsonl", heldout)
-        agreement = pf.agreement(heldout)
-        return {
-            "train": len(train),
-            "heldout": len(heldout),
-            "ties": pf.tie_share([c.scores for c in comparisons]),
-            "eos_rate": sampled.ended.float().mean().item(),
-            "label_agreement": agreement.rate,
-        }
+        facts = {"train": len(train), "heldout": len(heldout)} | facts
+        if all(c.scores is not None for c in comparisons):
+            facts["ties"] = pf.tie_share([c.scores for c in comparisons])
+            facts["label_agreement"] = pf.agreement(heldout).rate
+        return facts
 
     return _build(cfg, "preferences", make)
+
+
+def _annotated(cfg: Config, first: Stage, callback) -> tuple[list[data.Comparison], dict[str, float]]:
+    """Several responses of the SFT policy to each preference prompt, in the order the annotator puts them."""
+    policy, tokenizer = load_policy(first, cfg)
+    prompts, many = _prompts(cfg, "preferences"), cfg.preferences.responses_per_prompt
+    rollouts = cfg.rollouts.model_copy(update={"temperature": cfg.preferences.temperature})
+    ids = [ids for ids in encode_queries(tokenizer, prompts) for _ in range(many)]
+    sampled = sample_many(policy, ids, rollouts, tokenizer, cfg.seed + 1, cfg.models.autocast, callback)
+    texts = response_texts(tokenizer, sampled.responses, sampled.mask)
+    groups = [texts[i : i + many] for i in range(0, len(texts), many)]
+    scorer = pf.make_scorer(cfg.preferences.criterion, cfg)
+    comparisons = pf.build_comparisons(prompts, groups, scorer, cfg.preferences.noise, cfg.seed)
+    return comparisons, {"eos_rate": sampled.ended.float().mean().item()}
 
 
 def load_comparisons(stage: Stage) -> tuple[list[data.Comparison], list[data.Comparison]]:
@@ -327,6 +345,7 @@ def ppo(cfg: Config, callback=None) -> Stage:
     ``callback(state, metrics, samples)`` follows it. A reward function in place of the reward model makes no stage (a
     function has no hash): call ``rlhf_nb_utils.ppo.prepare`` and ``train`` for that.
     """
+    ppo_.check(cfg)
     first, scored = sft(cfg), reward_model(cfg)
 
     def make(folder: Path) -> dict:
@@ -418,7 +437,10 @@ def restore(state: ppo_.TrainState, folder: Path) -> None:
     tensors, facts = checkpoint.load(path)
     for name in ("policy", "reference"):
         if name in tensors:
-            getattr(state, name).load_state_dict(tensors[name], strict=False)
+            model = getattr(state, name)
+            if set(tensors[name]) != set(dict(model.named_parameters())):
+                raise StageError(f"{path.name} holds other {name} parameters than this run's: delete {path.parent.parent.name}")
+            model.load_state_dict(tensors[name], strict=False)  # buffers are no parameters, tied weights are stored once
     checkpoint.optimizer_from_tensors(state.optimizer, tensors["optimizer"], facts["optimizer"])
     state.kl_controller.load_state_dict(facts["kl_controller"])
     state.iteration, state.score_mean, state.score_std = (facts[k] for k in ("iteration", "score_mean", "score_std"))
@@ -426,6 +448,8 @@ def restore(state: ppo_.TrainState, folder: Path) -> None:
 
 def evaluation(cfg: Config, callback=None) -> Stage:
     """SFT and PPO policies on the same evaluation prompts: gold, proxy and independent scores, KL, best-of-n."""
+    ppo_.check(cfg)
+    models.load_classifier(cfg.models.evaluator)  # what cannot be had should be known before hours of training, not after
     first, scored, trained = sft(cfg), reward_model(cfg), ppo(cfg)
 
     def make(folder: Path) -> dict:
@@ -440,9 +464,11 @@ def evaluation(cfg: Config, callback=None) -> Stage:
         before.save(folder / "before.parquet")
         after.save(folder / "after.parquet")
         save_file({"proxy": torch.from_numpy(best.proxy), "gold": torch.from_numpy(best.gold)}, folder / "best_of_n.safetensors")
-        positive = {key: float((e.scores["gold"] > 0).mean()) for key, e in (("before", before), ("after", after))}
         wins = ev.win_rate(after.scores["gold"], before.scores["gold"], cfg.evaluation.bootstrap_samples, cfg.seed)
-        return {"gold_positive": positive, "kl": float(after.kl.mean()), "gold_win_rate": [wins.rate, wins.low, wins.high]}
+        summary = {"kl": float(after.kl.mean()), "gold_win_rate": [wins.rate, wins.low, wins.high]}
+        if cfg.preferences.criterion == "sentiment":  # only its score has a zero: log odds of "positive"
+            summary["gold_positive"] = [float((e.scores["gold"] > 0).mean()) for e in (before, after)]
+        return summary
 
     return _build(cfg, "evaluation", make)
 

@@ -179,7 +179,8 @@ def chosen(section: BaseModel, widgets: Mapping[str, ipywidgets.Widget]) -> Base
         return type(section).model_validate(section.model_dump() | {name: _value(w) for name, w in widgets.items()})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        field = ".".join(map(str, first["loc"])) or type(section).__name__
+        raise ConfigError(f"{field}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _value(widget: ipywidgets.Widget):

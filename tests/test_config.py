@@ -31,6 +31,8 @@ def test_overrides_dotted_nested_and_from_text():
         ("cpu", {"ppo.critic": "both"}, "'shared' or 'separate'"),
         ("cpu", {"sft.epochs": "many"}, "integer"),
         ("cpu", {"ppo.batch_size": 7}, "does not divide"),
+        ("cpu", {"data.min_opening_words": 20}, "above max_opening_words"),
+        ("cpu", {"data.n_evaluation": 100}, "n_prompts 1000 <= data.n_evaluation 100 does not hold"),
     ],
 )
 def test_wrong_input_is_one_line_that_names_what_would_be_right(profile, overrides, wanted):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_nb_utils import data
-from rlhf_nb_utils.config import DataConfig, load_config
+from rlhf_nb_utils.config import PROFILES, DataConfig, load_config
 from rlhf_nb_utils.data import Comparison, DataError, Review
 
 USES = ("sft", "preferences", "ppo", "evaluation")
@@ -65,6 +65,14 @@ def test_evaluation_prompts_do_not_move_with_other_settings():
 
 
 @pytest.mark.mirror
+@pytest.mark.parametrize("profile", PROFILES)
+def test_imdb_serves_every_profile(profile):
+    cfg = load_config(profile, overrides={"data.source": "imdb"}).data
+    for use in USES:
+        data.load_reviews(cfg, use)
+
+
+@pytest.mark.mirror
 def test_imdb_roles_are_disjoint_and_imdb_serves_the_cpu_profile():
     roles = data.imdb_roles()
     for a, b in itertools.combinations(roles, 2):
@@ -100,20 +108,22 @@ def test_comparisons_from_jsonl(tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
     assert data.load_comparisons(path) == [
-        Comparison("The film", (" is good.", " is bad."), None, "set.jsonl:0"),
-        Comparison("The film", (" is good.", " is bad."), (2.0, 1.5), "set.jsonl:1"),
-        Comparison("The film", (" a.", " b.", " c."), (3.0, 2.0, 1.0), "set.jsonl:2"),
-        Comparison("Hello", ("Good day.", "Go."), None, "set.jsonl:3"),
+        Comparison("The film", (" is good.", " is bad."), None, "set.jsonl:1"),
+        Comparison("The film", (" is good.", " is bad."), (2.0, 1.5), "set.jsonl:2"),
+        Comparison("The film", (" a.", " b.", " c."), (3.0, 2.0, 1.0), "set.jsonl:3"),
+        Comparison("Hello", ("Good day.", "Go."), None, "set.jsonl:4"),
     ]
 
 
 def test_comparisons_from_parquet_and_from_the_hub(tmp_path, monkeypatch):
-    folder = tmp_path / "somebody" / "pairs"
+    folder = tmp_path / "somebody" / "pairs" / "data"
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(ROWS[:1]), folder / "train.parquet")
     assert data.load_comparisons(folder / "train.parquet")[0].responses == (" is good.", " is bad.")
     monkeypatch.setenv("RLHF_NB_MIRROR", str(tmp_path))
     assert data.load_comparisons("somebody/pairs")[0].responses == (" is good.", " is bad.")
+    with pytest.raises(DataError, match="nosuch"):
+        data.load_comparisons("somebody/pairs", split="nosuch")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +133,9 @@ def test_comparisons_from_parquet_and_from_the_hub(tmp_path, monkeypatch):
         ('{"prompt": "a", "chosen": "b"}', "chosen and rejected"),
         ('{"prompt": "a", "chosen": "b", "rejected": " "}', "not empty"),
         ('{"prompt": "a", "responses": ["b", "c"], "scores": [1]}', "2 responses but 1 scores"),
+        ('{"prompt": "a", "responses": ["b", "c"], "scores": ["x", 1]}', "scores must be numbers"),
+        ('{"prompt": "a", "responses": null}', "at least two responses"),
+        ("[1, 2]", "must be an object"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, wanted):
@@ -130,6 +143,13 @@ def test_a_bad_row_is_named(tmp_path, line, wanted):
     path.write_text(line)
     with pytest.raises(DataError, match=wanted):
         data.load_comparisons(path)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    for name in ("junk.parquet", "junk.jsonl"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00junk")
+        with pytest.raises(DataError, match=name):
+            data.load_comparisons(tmp_path / name)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rlhf_nb_utils import models
-from rlhf_nb_utils.config import DATA
+from rlhf_nb_utils.config import DATA, CourseError
 from rlhf_nb_utils.models import ModelError, Policy
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11]]
@@ -171,6 +171,20 @@ def test_the_judge_scores_log_odds_in_the_order_given():
         logits = judge.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0].double()
         p = torch.softmax(logits, -1)[1]
         assert abs((torch.log(p) - torch.log1p(-p)).item() - score) < 1e-4
+
+
+def test_weights_that_are_not_safetensors_are_refused_in_one_line(tmp_path):
+    gpt2().config.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CourseError, match=r"safetensors") as error:
+        models.load_policy(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_the_judge_reads_the_end_of_a_text_that_is_too_long():
+    judge = models.load_classifier("tiny-judge")
+    end = "This is the worst film ever made, boring and awful."
+    assert abs(judge.score(["wonderful " * 600 + end])[0] - judge.score(["wonderful " * 400 + end])[0]) < 1e-4
 
 
 def test_a_judge_without_a_positive_label_is_refused():

@@ -137,6 +137,7 @@ def test_loss_leaves_out_a_heldout_curve_that_no_row_has():
 def test_token_kl_writes_every_token_and_its_value_and_colours_by_sign():
     figure = plots.plot_token_kl([" a", "$x$", "<|endoftext|>"], torch.tensor([0.5, -2.0, 0.0]))
     assert _texts(figure) == ["·a", "+0.50", "$x$", "-2.00", "<|endoftext|>", "+0.00"]
+    assert not any(text.get_parse_math() for text in figure.axes[0].texts[::2])  # "$x$" is a token, not a formula
     positive, negative, zero = (patch.get_facecolor() for patch in figure.axes[0].patches)
     assert positive[0] > positive[2] and negative[2] > negative[0]  # red above 0, blue below
     assert max(zero[:3]) - min(zero[:3]) < 0.02
@@ -192,12 +193,12 @@ def test_throughput_is_written_beside_its_bar_with_the_gain_over_the_first():
 
 
 def test_calibration_shows_the_share_in_each_bin_and_its_count():
-    predicted = np.r_[np.full(4, 0.25), np.full(10, 0.85)]
-    outcomes = np.r_[[1, 0, 0, 0], np.ones(8), np.zeros(2)]
+    predicted = np.r_[np.full(4, 0.25), np.full(10, 0.85), 0.95, 1.0]
+    outcomes = np.r_[[1, 0, 0, 0], np.ones(8), np.zeros(2), 1, 1]
     figure = plots.plot_calibration(predicted, outcomes)
     points = figure.axes[0].containers[0].lines[0].get_xydata()
-    np.testing.assert_allclose(points, [[0.25, 0.25], [0.85, 0.8]])
-    assert _texts(figure) == ["4", "10"]
+    np.testing.assert_allclose(points, [[0.25, 0.25], [0.85, 0.8], [0.975, 1.0]])
+    assert _texts(figure) == ["4", "10", "2"]
 
 
 def test_calibration_intervals_are_wilsons():

@@ -135,6 +135,15 @@ def test_queries_that_cannot_be_sampled_are_refused(queries, wanted):
         draw(make_policy(), queries=queries)
 
 
+def test_logits_that_are_not_finite_are_named():
+    policy = make_policy()
+    policy.lm.lm_head.bias.data[3] = float("nan")
+    with pytest.raises(RolloutError, match="not finite at response token 1"):
+        draw(policy)
+    with pytest.raises(RolloutError, match="no prompts"):
+        rollouts.sample_many(policy, [], RolloutsConfig(), Ids, 0)
+
+
 def test_openings_get_a_bos_and_must_have_a_word():
     tokenizer = models.load_tokenizer("tiny-gpt2")
     ids = rollouts.encode_queries(tokenizer, ["I liked"])[0]

@@ -103,8 +103,21 @@ def test_training_lowers_the_loss_and_repeats_itself(policy):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(policy):
     policy.lm.transformer.wte.weight.data[3] = float("nan")
-    with pytest.raises(TrainingError, match="at step 0"):
+    with pytest.raises(TrainingError, match="at step 1"):
         sft.train(policy, Letters(), [("ab", "cd")], SFTConfig(epochs=1, batch_size=1, max_length=16))
+
+
+def test_bf16_weights_are_refused_because_adamw_keeps_no_master(policy):
+    with pytest.raises(TrainingError, match="fp32 master"):
+        sft.train(policy.to(torch.bfloat16), Letters(), [("ab", "cd")], SFTConfig(max_length=16))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(policy):
+    before = [p.detach().clone() for p in policy.parameters()]
+    policy.lm.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(TrainingError, match="at step 1"):
+        sft.train(policy, Letters(), [("ab", "cd")], SFTConfig(epochs=1, batch_size=1, max_length=16))
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
 def test_the_rate_warms_up_and_decays():

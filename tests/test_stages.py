@@ -486,3 +486,31 @@ def test_samples_are_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
     assert path.read_text() == "".join(row + "\n" for row in rows[:3]) and os.listdir(tmp_path) == ["samples.jsonl"]
     stages._cut(path, 0)
     assert path.read_text() == ""
+
+
+# --- comparisons made elsewhere, settings that cannot work ---------------------------------------------------------------
+
+
+def write_pairs(path, n):
+    rows = [{"prompt": f"Film {i}", "chosen": " is good.", "rejected": " is bad."} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_comparisons_made_elsewhere_train_a_reward_model_and_a_changed_file_rebuilds_it(here, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, 20)
+    cfg = settings(here.folder, preferences__source=str(path))
+    first = stages.reward_model(cfg)
+    train, heldout = stages.load_comparisons(stages.preferences(cfg))
+    assert len(train) + len(heldout) == 20 and train[0].scores is None
+    assert first.summary["accuracy"]["gold"] is None and first.summary["accuracy"]["pairs"] == len(heldout)
+    write_pairs(path, 21)
+    assert stages.reward_model(cfg).path != first.path
+
+
+def test_settings_ppo_refuses_are_refused_before_anything_is_trained(base, tmp_path, monkeypatch):
+    isolate(monkeypatch, tmp_path / "runs")
+    for changes in ({"rollouts__top_k": 5}, {"ppo__kl_coef": 0}):
+        with pytest.raises(TrainingError):
+            stages.ppo(settings(base, **changes))
+    assert not (tmp_path / "runs").exists()
