@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -201,7 +200,7 @@ def _build(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], resum
 
 def _write(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], path: Path, resumes: bool) -> Stage:
     """Build the stage beside ``path``, and rename it when it is complete."""
-    print(f"stage {name}: building, because {_why(cfg, name)}", file=sys.stderr)
+    print(f"stage {name}: building, because {_why(cfg, name)}", flush=True)
     work = _partial(path)
     shutil.rmtree(path, ignore_errors=True)
     try:

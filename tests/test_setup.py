@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # A module imports only from those before it.
 ORDER = [
     *("config", "hub", "tensor_ops", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
-    *("preferences", "reward_model", "rollouts", "offload", "memory", "checkpoint", "tracking", "ppo", "evaluation"),
+    *("criteria", "preferences", "reward_model", "rollouts", "offload", "memory", "checkpoint", "tracking", "ppo", "evaluation"),
     *("stages", "runner", "course", "exercises", "plots", "widgets"),
 ]
 TORCH_ONLY = {"tensor_ops", "kl", "gae", "exact", "offload"}

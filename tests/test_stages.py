@@ -133,13 +133,13 @@ def test_all_five_stages_are_built_in_order_once_and_then_only_found(base, tmp_p
     cfg = settings(base)
     assert all(stages.find(cfg, name) is None for name in NAMES)
     built = stages.evaluation(cfg)
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("stage ")] == [
         f"stage {name}: building, because it is not there yet" for name in NAMES
     ]
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert stages.evaluation(cfg) == built == stages.find(cfg, "evaluation") == stages.require(cfg, "evaluation")
-    assert capsys.readouterr().err == "" and times == {path: path.stat().st_mtime_ns for path in times}
+    assert capsys.readouterr().out == "" and times == {path: path.stat().st_mtime_ns for path in times}
     assert {path.name for path in (tmp_path / "smoke/stages").glob("[!.]*")} == {stages.stage_dir(cfg, n).name for n in NAMES}
 
 
@@ -211,7 +211,7 @@ def test_no_setting_is_forgotten_by_the_hashes():
 def test_a_rebuild_says_what_changed(here, monkeypatch, capsys):
     def lines(cfg, name="preferences"):
         getattr(stages, name)(cfg)
-        return [line.removeprefix("stage ") for line in capsys.readouterr().err.splitlines() if line.startswith("stage ")]
+        return [line.removeprefix("stage ") for line in capsys.readouterr().out.splitlines() if line.startswith("stage ")]
 
     assert lines(here.cfg) == []
     assert lines(settings(here.folder, sft__learning_rate=1e-4)) == [
@@ -261,7 +261,7 @@ def test_a_half_written_stage_is_not_found_and_is_built_anew(here, capsys, how):
     with pytest.raises(stages.StageError, match="missing or stale"):
         stages.require(here.cfg, "sft")
     again = stages.sft(here.cfg)
-    assert "stage sft: building, because it is half-written" in capsys.readouterr().err
+    assert "stage sft: building, because it is half-written" in capsys.readouterr().out
     assert again.summary == whole.summary and stages.require(here.cfg, "sft") == again
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(again.path / "model.safetensors").items())
 
@@ -293,7 +293,7 @@ def test_what_a_killed_build_left_is_not_mixed_into_the_next(here, capsys):
     whole.path.rename(partial)  # killed just before the rename
     (partial / "left over").write_text("x")
     again = stages.sft(here.cfg)
-    assert "because an earlier run of it was interrupted" in capsys.readouterr().err
+    assert "because an earlier run of it was interrupted" in capsys.readouterr().out
     assert [row["step"] for row in again.history] == steps and not (again.path / "left over").exists() and not partial.exists()
 
 
@@ -376,7 +376,7 @@ def test_killed_with_sigkill_a_run_goes_on_from_its_checkpoint_to_the_same_end(h
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000002"]
     done = []
     stage = stages.ppo(here.cfg, lambda state, *_: done.append(state.iteration))
-    assert done == [3, 4, 5] and "because an earlier run of it was interrupted" in capsys.readouterr().err
+    assert done == [3, 4, 5] and "because an earlier run of it was interrupted" in capsys.readouterr().out
     assert_same(stage, straight, exactly=False)  # another process: memory may be laid out differently
 
 
