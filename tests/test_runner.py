@@ -237,7 +237,13 @@ books = pathlib.Path({str(books)!r})
 runner.run.__kwdefaults__["notebooks_dir"] = books
 sys.exit(course.main(["run", "--profile", "smoke", "--out", {str(tmp_path / "out")!r}]))
 """
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit "ignored"
+    )
     _wait_for(lambda: process.poll() is not None or ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
     kernel = int((tmp_path / "pid").read_text())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
