@@ -28,7 +28,7 @@ from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils import ppo as ppo_
 from rlhf_nb_utils import preferences as pf
 from rlhf_nb_utils import sft as sft_
-from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, runs_dir
+from rlhf_nb_utils.config import DATA, Config, CourseError, runs_dir
 from rlhf_nb_utils.reward_model import RewardModel, bag_of_words_baseline, pairwise_accuracy, score_comparisons
 from rlhf_nb_utils.reward_model import train as train_reward_model
 from rlhf_nb_utils.rollouts import encode_queries, sample_many
@@ -491,6 +491,3 @@ def make_scorers(cfg: Config, scorer: RewardModel) -> dict[str, ppo_.RewardFn]:
 
 def _prompts(cfg: Config, role: str) -> list[str]:
     return [data.split_opening(review, cfg.data)[0] for review in data.load_reviews(cfg.data, role)]
-
-
-__all__ = ["ROOT", "evaluation", "find", "ppo", "preferences", "require", "reward_model", "sft", "stage_dir"]
