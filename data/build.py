@@ -49,12 +49,13 @@ from rlhf_nb_utils.tokenizer_bridge import response_texts
 ROOT = Path(__file__).resolve().parent
 MODELS = ROOT / "models"
 WORK = ROOT.parent / "runs" / "build"
+FIGURES = ROOT / "figures.json"
 SEED = 0
 EOT = "<|endoftext|>"
 WINDOW = 128  # context of tiny-gpt2
 # Attention is "eager" in training: on a CPU, at these lengths, the fused kernel's backward takes half of the step.
 
-LM = {"tokens": 15_000_000, "batch": 48, "lr_matrix": 0.02, "lr_rest": 2e-3, "warmup": 100, "decay": 0.45}
+LM = {"tokens": 33_000_000, "batch": 32, "lr_matrix": 0.02, "lr_rest": 3e-3, "warmup": 100, "decay": 0.45}
 BERT = {
     "steps": 5_000,
     "batch": 48,
@@ -65,9 +66,9 @@ BERT = {
     "temperature": 0.07,
     "contrast": 0.5,
 }
-JUDGE = {"steps": 5_500, "batch": 48, "lr": 6e-4, "warmup": 200, "windows": (32, 64, 128, 256)}
-SHARES = (0.4, 0.3, 0.15, 0.15)  # how often each of the judge's windows is used
-EVALUATOR = {"l2": 2e-5}
+JUDGE = {"steps": 6_000, "batch": 48, "lr_matrix": 0.01, "lr_rest": 1e-3, "warmup": 200, "windows": (32, 64, 128, 256)}
+SHARES = (0.25, 0.35, 0.2, 0.2)  # how often each of the judge's windows is used
+EVALUATOR = {"l2": 5e-6}
 REVIEWS = {"samples": 32_000, "temperature": 0.8}
 
 
@@ -155,6 +156,12 @@ def build_lm(roles, calibrate: float = 0.0) -> float:
     """Train once with a constant rate, then a linear decay. The base is the checkpoint *before* the decay,
     the twin the one after; the twin is only sampled from. Returns tokens/s."""
     model, rng = new_lm(), np.random.default_rng(SEED)
+    ids = LM_IDS.setdefault("ids", encode("tiny-gpt2", roles["language_model"][1]))
+    model.transformer.wte.weight.data.copy_(ppmi_vectors(ids, 4096, model.config.n_embd, std=0.04))
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_proj.weight"):  # every block starts as the identity
+            torch.nn.init.zeros_(parameter)
+    say("lm: embeddings started from co-occurrence")
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
     muon = torch.optim.Muon(matrices, lr=LM["lr_matrix"], momentum=0.95, weight_decay=0.01)
@@ -215,7 +222,7 @@ def bert_batch(ids: list[np.ndarray], long: np.ndarray, rng, cfg) -> torch.Tenso
     return torch.from_numpy(rows.reshape(-1, length))
 
 
-def ppmi_vectors(ids: list[np.ndarray], vocabulary: int, size: int, reach: int = 5) -> torch.Tensor:
+def ppmi_vectors(ids: list[np.ndarray], vocabulary: int, size: int, std: float = 0.05, reach: int = 5) -> torch.Tensor:
     """(vocabulary, size) vectors of the tokens' company: positive pointwise mutual information of tokens within ``reach``
     of each other, factored (Levy and Goldberg 2014, §3). Counted from text alone, like the rest of this pre-training."""
     stream = np.concatenate(ids).astype(np.int64)
@@ -232,7 +239,7 @@ def ppmi_vectors(ids: list[np.ndarray], vocabulary: int, size: int, reach: int =
     table = sparse.csr_matrix((information[keep], (counts.row[keep], counts.col[keep])), shape=counts.shape)
     u, s, _ = svds(table, k=size, random_state=SEED)
     vectors = u * np.sqrt(s)
-    return torch.from_numpy(np.ascontiguousarray(vectors / vectors.std() * 0.05)).float()
+    return torch.from_numpy(np.ascontiguousarray(vectors / vectors.std() * std)).float()
 
 
 def build_bert(roles, calibrate: float = 0.0) -> float:
@@ -322,11 +329,17 @@ def build_judge(roles, calibrate: float = 0.0) -> float:
         id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1},
     )  # fmt: skip
     model = DistilBertForSequenceClassification(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg["lr"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    # Its own reviews' co-occurrence, not that of tiny-bert's: annotator and reward model share nothing but the tokenizer.
+    vectors = ppmi_vectors(ids[: len(roles["judge"][1])], 8192, config.dim)
+    model.distilbert.embeddings.word_embeddings.weight.data.copy_(vectors)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layer." in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layer." in n)]
+    muon = torch.optim.Muon(matrices, lr=cfg["lr_matrix"], momentum=0.95, weight_decay=0.01)
+    adam = torch.optim.AdamW(rest, lr=cfg["lr_rest"], betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     began, tokens, losses = time.time(), 0, []
     for step in range(cfg["steps"]):
         scale = min((step + 1) / cfg["warmup"], (cfg["steps"] - step) / (cfg["steps"] - cfg["warmup"]))
-        optimizer.param_groups[0]["lr"] = cfg["lr"] * scale
+        muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = cfg["lr_matrix"] * scale, cfg["lr_rest"] * scale
         length = int(rng.choice(cfg["windows"], p=SHARES))
         rows = np.zeros((max(16, cfg["batch"] * 64 // length), length), np.int64)
         picked = rng.integers(0, len(ids), len(rows))
@@ -340,8 +353,9 @@ def build_judge(roles, calibrate: float = 0.0) -> float:
             logits = model(batch, attention_mask=(batch != 0).long()).logits.float()
         loss = F.cross_entropy(logits, torch.stack([1 - p, p], 1))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(rest, 1.0)
+        muon.step(), adam.step()
+        muon.zero_grad(), adam.zero_grad()
         losses.append(loss.item())
         tokens += rows.size
         rate = tokens / (time.time() - began)
@@ -434,7 +448,7 @@ def build_reviews(roles, calibrate: float = 0.0) -> float:
         short = short_review(clean_text(text))
         length = len(tokenizer(short)["input_ids"]) if short else 0
         reason = (
-            "no sentence ends within 12 to 45 words, or an odd opening" if short is None
+            "no sentence ends within 10 to 32 words, or an odd opening" if short is None
             else "not 15 to 60 tokens" if not 15 <= length <= 60
             else "characters that are not plain" if not short.isascii() or re.search(r"[#@*_/\\<>{}\[\]=~^|]", short)
             else "unbalanced quotes or brackets" if short.count('"') % 2 or short.count("(") != short.count(")")
@@ -501,14 +515,16 @@ def word_windows(texts: list[str], tokenizer, tokens: int = 58) -> list[str]:
 
 
 def evaluate(roles) -> None:
-    """Print every figure of data/README.md with its protocol."""
+    """Print every figure of data/README.md with its protocol, and keep those the learning table shows."""
     _, texts, labels = roles["test"]
+    figures: dict[str, dict] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     for name, path in (("tiny-gpt2 (base, shipped)", MODELS / "tiny-gpt2"), ("annealed twin", WORK / "twin.pt")):
         if path.exists():
             model = new_lm() if path.suffix else load_policy("tiny-gpt2").lm
             if path.suffix:
                 model.load_state_dict(torch.load(path, weights_only=True))
             bits, nats = bits_per_byte(model.eval(), texts[:2000])
+            figures["twin" if path.suffix else "base"] = {"bits_per_byte": round(bits, 4), "nats_per_token": round(nats, 4)}
             print(f"{name}: {bits:.3f} bits/byte, {nats:.3f} nats/token on the first 2,000 test reviews,")
             print("    each on its own behind one EOT, windows of 128 that do not overlap, every token of the text scored")
     judge, evaluator = load_classifier("tiny-judge"), load_classifier("tiny-evaluator")
@@ -517,6 +533,7 @@ def evaluate(roles) -> None:
         whole, part = (float(((model.score(t) > 0) == (labels == 1)).mean()) for t in (texts, windows))
         print(f"{name}: {whole:.3f} of {len(texts)} whole test reviews (judge: last 256 tokens), {part:.3f} of one random")
         print("    window of 58 WordPiece tokens of each (seed 0); threshold 0, text cleaned, [CLS] … [SEP] around it")
+        figures[name.removeprefix("tiny-")] = {"whole": round(whole, 4), "window": round(part, 4)}
     rows = pq.read_table(ROOT / "reviews.parquet").to_pylist()
     tokenizer = load_tokenizer("tiny-gpt2")
     lengths = [len(tokenizer(r["text"])["input_ids"]) for r in rows]
@@ -526,6 +543,7 @@ def evaluate(roles) -> None:
     print(f"reviews.parquet: {len(rows)} reviews ({uses}); tokens {min(lengths)} to {max(lengths)},")
     print(f"    median {np.median(lengths):.0f}; {positive:.3f} positive by the judge, the evaluator agrees on {agree:.3f};")
     print(f"    {int(copied([r['text'] for r in rows], roles).sum())} share 12 consecutive words with IMDb")
+    FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
     size = sum(p.stat().st_size for p in ROOT.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     print(f"data/: {size / 1e6:.1f} MB")
 

@@ -75,7 +75,7 @@ class SFTConfig(Section):
     """Supervised fine-tuning on short complete reviews, prompt masked out of the loss."""
 
     learning_rate: float = Field(1e-5, gt=0, le=1, description="peak learning rate")
-    epochs: int = Field(2, ge=1, le=20, description="passes over the demonstrations")
+    epochs: int = Field(2, ge=0, le=20, description="passes over the demonstrations; 0 = no SFT at all")
     batch_size: int = Field(32, ge=1, le=1024, description="demonstrations per optimizer step")
     warmup_ratio: float = Field(0.05, ge=0, le=0.5, description="share of the steps spent warming up")
     weight_decay: float = Field(0.0, ge=0, le=1, description="decoupled weight decay")
@@ -124,6 +124,9 @@ class RolloutsConfig(Section):
 class PPOConfig(Section):
     """Proximal policy optimisation with a per-token KL penalty."""
 
+    reward: Literal["reward_model", "annotator"] = Field(
+        "reward_model", description="what is optimised; a simulated annotator can be asked 10,000 times, a human cannot"
+    )
     iterations: int = Field(40, ge=1, le=100_000, description="rollout batches")
     batch_size: int = Field(64, ge=1, le=8192, description="responses per rollout batch")
     num_ppo_epochs: int = Field(4, ge=1, le=32, description="passes over each rollout batch")

@@ -1,4 +1,4 @@
-"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|fields|store``.
+"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|fields|store``.
 
 Arguments, exit codes and the one line a user gets on wrong input; `runner` runs notebooks, `stages` trains. torch is
 imported by ``stage`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a full disk, 130 interrupted.
@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--list", action="store_true", help="list the notebooks and stop")
     stage_ = commands.add_parser("stage", parents=[settings, out], help="run one stage without its notebook")
     stage_.add_argument("name", choices=STAGES)
+    learn = commands.add_parser("learn", parents=[settings, out], help="measure the recipe over seeds: one table, in runs/")
+    learn.add_argument("--seeds", type=int, default=5, help="how many seeds, from --seed on (default 5)")
+    learn.add_argument("--jobs", type=int, default=1, help="seeds measured at the same time, sharing the cores (default 1)")
     commands.add_parser("fields", parents=[settings], help="every setting: value, bounds, default, meaning")
     commands.add_parser("store", parents=[only, out], help="run the notebooks on cpu, keep their outputs in notebooks/")
     return parser
@@ -121,7 +124,14 @@ def _dispatch(args: argparse.Namespace) -> None:
         out = getattr(args, "out", None)
         with runner.kernel_environment(out.expanduser().resolve() if out else runs_dir()):
             cfg = load_config(args.profile, args.seed, parse_overrides(args.set))
-            print_fields(cfg) if args.command == "fields" else print(stage(args.name, cfg))
+            if args.command == "learn":
+                from .learn import learn
+
+                learn(args.profile, range(args.seed, args.seed + args.seeds), parse_overrides(args.set), args.jobs)
+            elif args.command == "fields":
+                print_fields(cfg)
+            else:
+                print(stage(args.name, cfg))
 
 
 def main(argv: list[str] | None = None) -> int:

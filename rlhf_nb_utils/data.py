@@ -36,7 +36,7 @@ ROLE_PRIORITY = ("test", "prompts", "evaluator", "judge", "language_model")
 
 # Short reviews are dealt out to these uses in this order; the evaluation prompts come first, so that no setting moves them.
 ROLE_SHARES = (("evaluation", 0.14), ("ppo", 0.16), ("preferences", 0.45), ("sft", 0.25))
-SHORT_WORDS = (12, 45)  # about 15 to 60 tokens of the embedded policy
+SHORT_WORDS = (10, 32)  # about 15 to 45 tokens of the embedded policy: a sentence or three
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _SPACE = re.compile(r"\s+")
@@ -109,7 +109,7 @@ def _imdb_split(split: str) -> tuple[list[str], np.ndarray]:
 
 
 def short_review(text: str) -> str | None:
-    """``text`` cut behind its last sentence that ends within 12 to 45 words, or None if none does or it opens oddly."""
+    """``text`` cut behind its last sentence that ends within 10 to 32 words, or None if none does or it opens oddly."""
     ends = [m.end() for m in _SENTENCE_END.finditer(text[:400])]
     for end in reversed(ends):
         words = text[:end].split()
@@ -142,6 +142,11 @@ def load_reviews(cfg: DataConfig, role: str) -> list[Review]:
     if len(reviews) < wanted:
         raise DataError(f"data.n_{role} asks for {wanted} reviews, data.source={cfg.source} has {len(reviews)}: ask for fewer")
     return reviews[:wanted]
+
+
+def load_prompts(cfg: DataConfig, role: str) -> list[str]:
+    """The openings of `load_reviews`: what a policy is asked to complete."""
+    return [split_opening(review, cfg)[0] for review in load_reviews(cfg, role)]
 
 
 def _distinct_queries(cfg: DataConfig) -> dict[str, list[Review]]:

@@ -281,11 +281,7 @@ class Evaluation:
         columns = {"query": self.queries, "response": self.responses, "tokens": self.tokens}
         columns |= {"kl": self.kl, "length": self.length, "ended": self.ended}
         table = pa.table(columns | {f"score:{name}": values for name, values in self.scores.items()})
-        table = table.replace_schema_metadata({"evaluation": json.dumps({"tokens_per_second": self.tokens_per_second})})
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(path).with_name(Path(path).name + ".partial")
-        pq.write_table(table, partial)
-        os.replace(partial, path)
+        _write(table.replace_schema_metadata({"evaluation": json.dumps({"tokens_per_second": self.tokens_per_second})}), path)
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
@@ -319,6 +315,13 @@ def evaluate(policy, reference, tokenizer, queries: list[str], scorers: dict[str
     return Evaluation(list(queries), responses, rollout.response_ids(), scores, kl, length, ended, tokens_per_second)
 
 
+def _write(table: pa.Table, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    pq.write_table(table, partial)
+    os.replace(partial, path)
+
+
 @dataclass(frozen=True)
 class BestOfN:
     """N samples of each of P prompts: ``proxy`` and ``gold`` (P, N), ``responses`` P lists of N."""
@@ -338,6 +341,21 @@ class BestOfN:
             proxy, gold = (bootstrap_interval(m, n_samples, seed) for m in means)
             rows.append({"n": n, "kl": float(best_of_n_kl(n)), "proxy": proxy, "gold": gold})
         return rows
+
+    def save(self, path: str | Path) -> None:
+        """One parquet file, a row for each prompt, replaced whole or not at all."""
+        columns = {"query": self.queries, "responses": self.responses, "proxy": list(self.proxy), "gold": list(self.gold)}
+        _write(pa.table(columns), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BestOfN:
+        """What `save` wrote. Raises EvaluationError if it is missing or damaged."""
+        try:
+            table = pq.read_table(path)
+            columns = {name: table.column(name).to_pylist() for name in ("query", "responses", "proxy", "gold")}
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise EvaluationError(f"{path} holds no best-of-n samples ({type(error).__name__}): run the stage again") from None
+        return cls(columns["query"], columns["responses"], np.array(columns["proxy"]), np.array(columns["gold"]))
 
 
 def best_of_n(policy, tokenizer, queries: list[str], reward_fn: Scorer, gold_fn: Scorer, cfg: Config) -> BestOfN:

@@ -44,6 +44,16 @@ class Batch:
     def __getitem__(self, rows) -> Batch:
         return Batch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
+    def parts(self, n: int) -> list[Batch]:
+        """At most ``n`` parts of rows of similar length, each without the columns that are padding in all its rows."""
+        return [self[rows]._trimmed() for rows in self.mask.sum(1).argsort(stable=True).chunk(n)]
+
+    def _trimmed(self) -> Batch:
+        queries, responses = self.input_ids.shape[1] - self.mask.shape[1], int(self.mask.sum(1).max())
+        start, end = queries - int(self.attention_mask[:, :queries].sum(1).max()), queries + responses
+        both = [x[:, start:end] for x in (self.input_ids, self.attention_mask)]
+        return Batch(*both, *(getattr(self, f.name)[:, :responses] for f in dataclasses.fields(self)[2:]))
+
 
 @dataclass
 class TrainState:
@@ -98,13 +108,13 @@ def value_loss(new_values, values, returns, mask, cliprange_value=None) -> tuple
 def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float = 1.0, bf16: bool = False) -> dict[str, float]:
     """One clipped update on one minibatch (Schulman et al. 2017, eq. 9), in ``gradient_accumulation_steps`` parts.
 
-    Each part weighs by its tokens, so the loss is the token mean of the whole minibatch; the norm is clipped once.
+    Each part weighs by its tokens, so the loss is the token mean of the whole minibatch, whichever rows it holds; the
+    norm is clipped once.
     Raises TrainingError, before the weights move, if the loss or the gradient is not finite.
     """
     total, stats, worst = batch.mask.sum(), {}, 0.0
     optimizer.zero_grad(set_to_none=True)
-    for rows in torch.arange(len(batch.mask)).chunk(cfg.gradient_accumulation_steps):
-        part = batch[rows]
+    for part in batch.parts(cfg.gradient_accumulation_steps):
         weight = part.mask.sum() / total
         with autocast(part.mask.device, bf16):
             new_logprobs, new_values, entropy = policy.evaluate(
@@ -171,13 +181,12 @@ def make_batch(state: TrainState, reward_fn: RewardFn, queries: list[str], rollo
     score → normalised on the reference's samples → clipped → minus ``missing_eos_penalty`` where no EOS came → on the
     last real token; −β·KL on every token; GAE; returns before whitening.
     """
-    ppo, mask, temperature = cfg.ppo, rollout.mask, cfg.rollouts.temperature
+    ppo, mask = cfg.ppo, rollout.mask
     responses = response_texts(tokenizer, rollout.responses, mask)
     scores = scores_of(reward_fn, queries, responses, mask.device)
     normalised = ((scores - state.score_mean) / state.score_std).clamp(-ppo.score_clip, ppo.score_clip)
     penalised = normalised - ppo.missing_eos_penalty * (~rollout.ended)
-    with autocast(mask.device, cfg.models.autocast):
-        ref_logprobs = state.reference.logprobs(rollout.input_ids, rollout.attention_mask, mask.shape[1], temperature)
+    ref_logprobs = _ref_logprobs(state.reference, rollout, ppo.num_mini_batches * ppo.gradient_accumulation_steps, cfg)
     estimates = {"k1": k1(rollout.logprobs, ref_logprobs) * mask, "k3": k3(rollout.logprobs, ref_logprobs) * mask}
     rewards = token_rewards(penalised, estimates[ppo.kl_estimator], mask, state.kl_controller.value)
     advantages, returns = gae(rewards, rollout.values, mask, ppo.gamma, ppo.lam)
@@ -202,6 +211,17 @@ def make_batch(state: TrainState, reward_fn: RewardFn, queries: list[str], rollo
         advantages = whiten(advantages, mask)
     batch = Batch(rollout.input_ids, rollout.attention_mask, mask, rollout.logprobs, rollout.values, advantages, returns)
     return batch, {key: float(value) for key, value in metrics.items()}, responses
+
+
+def _ref_logprobs(reference: Policy, rollout: Rollout, parts: int, cfg: Config) -> torch.Tensor:
+    """Logprobs (B, T) of the sampled tokens under the reference, ``parts`` times, as many rows as one update holds."""
+    out = []
+    for rows in torch.arange(len(rollout)).chunk(parts):
+        part = rollout[rows]
+        with autocast(part.mask.device, cfg.models.autocast):
+            width, temperature = part.mask.shape[1], cfg.rollouts.temperature
+            out.append(reference.logprobs(part.input_ids, part.attention_mask, width, temperature))
+    return torch.cat(out)
 
 
 def check(cfg: Config) -> None:

@@ -170,10 +170,11 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
             stay = left.nonzero().squeeze(1)
             cache.batch_select_indices(stay)
             alive, tokens, attention = alive[stay], tokens[stay], attention[stay]
-    rollout = Rollout(queries, query_mask, responses, mask, ended, logprobs, values)
+    used = t + 1  # all ended early: what follows would be padding alone
+    rollout = Rollout(queries, query_mask, *(x[:, :used] for x in (responses, mask)), ended, logprobs[:, :used], values[:, :used])
     if policy.value_trunk is not None:
         with autocast(device, bf16):
-            rollout.values = policy.values(rollout.input_ids, rollout.attention_mask, length) * mask
+            rollout.values = policy.values(rollout.input_ids, rollout.attention_mask, used) * rollout.mask
     return rollout
 
 

@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
 
 from rlhf_nb_utils import checkpoint, data, models
 from rlhf_nb_utils import evaluation as ev
@@ -44,13 +44,16 @@ SETTINGS = {
     "reward_model": ("models.reward_backbone", "reward_model"),
     "ppo": ("data.n_ppo", "rollouts", "ppo"),
     "evaluation": ("data.n_evaluation", "models.evaluator", "evaluation"),
+    "learn": ("profile",),
 }  # fmt: skip
-PARENTS = {"sft": (), "preferences": ("sft",), "reward_model": ("preferences",), "ppo": ("reward_model",), "evaluation": ("ppo",)}
+PARENTS = {"sft": (), "preferences": ("sft",), "reward_model": ("preferences",), "ppo": ("reward_model",), "evaluation": ("ppo",),
+           "learn": ("evaluation",)}  # fmt: skip
 # Figures, the command line and what is only shown cannot change a result.
-NOT_HASHED = {"plots.py", "widgets.py", "course.py", "runner.py", "exercises.py"}
+NOT_HASHED = {"plots.py", "widgets.py", "course.py", "runner.py", "exercises.py", "learn.py", "ablations.py"}
 DONE = "stage.json"
 CHECKPOINTS = "checkpoints"
-EVALUATED_PROMPTS = 64  # of the PPO prompts, kept from training for the curve of a run
+WATCHED = "watched.jsonl"
+WATCHED_PROMPTS = 128  # of the PPO prompts, kept from training for the curve of a run
 
 
 class StageError(CourseError):
@@ -105,7 +108,8 @@ def _identity(cfg: Config, name: str) -> dict[str, Any]:
         if files := _files_of(chosen[key]):
             chosen[f"the files of {key}"] = files
     before = {parent: stage_hash(cfg, parent) for parent in PARENTS[name]}
-    return {"settings": chosen, "code": _code_hash(), "data": _data_hash(), "before": before}
+    code = _code_hash() if name != "learn" else _digest(_code_hash().encode(), (Path(__file__).parent / "learn.py").read_bytes())
+    return {"settings": chosen, "code": code, "data": _data_hash(), "before": before}
 
 
 def _files_of(name: Any) -> str | None:
@@ -176,7 +180,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _build(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], resumes: bool = False) -> Stage:
+def build(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], resumes: bool = False) -> Stage:
     """Find the stage, or let ``make(folder)`` write it and return its summary. One builder at a time.
 
     What an interrupted build left is thrown away, unless ``make`` goes on from it (``resumes``).
@@ -249,13 +253,14 @@ def sft(cfg: Config, callback=None) -> Stage:
         bf16 = cfg.models.autocast
         torch.manual_seed(cfg.seed)
         before = sft_.heldout_loss(policy, tokenizer, heldout, cfg.sft, bf16)
-        rows = sft_.train(policy, tokenizer, demos, cfg.sft, cfg.seed, bf16, heldout, callback)
+        rows = sft_.train(policy, tokenizer, demos, cfg.sft, cfg.seed, bf16, heldout, callback) if cfg.sft.epochs else []
         policy.save(folder)
         tokenizer.save_pretrained(folder)
         _log_rows(folder, rows, "sft")
-        return {"heldout_loss_before": before, "heldout_loss": rows[-1]["heldout_loss"], "steps": len(rows)}
+        after = rows[-1]["heldout_loss"] if rows else before
+        return {"heldout_loss_before": before, "heldout_loss": after, "steps": len(rows)}
 
-    return _build(cfg, "sft", make)
+    return build(cfg, "sft", make)
 
 
 def load_policy(stage: Stage, cfg: Config) -> tuple[models.Policy, Any]:
@@ -284,13 +289,13 @@ def preferences(cfg: Config, callback=None) -> Stage:
             facts["label_agreement"] = pf.agreement(heldout).rate
         return facts
 
-    return _build(cfg, "preferences", make)
+    return build(cfg, "preferences", make)
 
 
 def _annotated(cfg: Config, first: Stage, callback) -> tuple[list[data.Comparison], dict[str, float]]:
     """Several responses of the SFT policy to each preference prompt, in the order the annotator puts them."""
     policy, tokenizer = load_policy(first, cfg)
-    prompts, many = _prompts(cfg, "preferences"), cfg.preferences.responses_per_prompt
+    prompts, many = data.load_prompts(cfg.data, "preferences"), cfg.preferences.responses_per_prompt
     rollouts = cfg.rollouts.model_copy(update={"temperature": cfg.preferences.temperature})
     ids = [ids for ids in encode_queries(tokenizer, prompts) for _ in range(many)]
     sampled = sample_many(policy, ids, rollouts, tokenizer, cfg.seed + 1, cfg.models.autocast, callback)
@@ -330,7 +335,7 @@ def reward_model(cfg: Config, callback=None) -> Stage:
         _, words = bag_of_words_baseline(train, heldout)
         return {"accuracy": measured._asdict(), "bag_of_words": words._asdict(), "steps": len(history["steps"])}
 
-    return _build(cfg, "reward_model", make)
+    return build(cfg, "reward_model", make)
 
 
 def load_reward_model(stage: Stage, cfg: Config) -> RewardModel:
@@ -339,8 +344,9 @@ def load_reward_model(stage: Stage, cfg: Config) -> RewardModel:
 
 
 def ppo(cfg: Config, callback=None) -> Stage:
-    """PPO from the SFT policy against the reward model. Killed at any moment, it goes on from its last checkpoint.
+    """PPO from the SFT policy against ``cfg.ppo.reward``. Killed at any moment, it goes on from its last checkpoint.
 
+    The samples on the prompts kept from training stay in ``watched.jsonl``: `evaluation` scores them afterwards.
     ``callback(state, metrics, samples)`` follows it. A reward function in place of the reward model makes no stage (a
     function has no hash): call ``rlhf_nb_utils.ppo.prepare`` and ``train`` for that.
     """
@@ -350,20 +356,23 @@ def ppo(cfg: Config, callback=None) -> Stage:
     def make(folder: Path) -> dict:
         policy, tokenizer = load_policy(first, cfg)
         reference = models.frozen_copy(policy)  # always the SFT policy, also after a resume
-        scorer = load_reward_model(scored, cfg).score
-        prompts = _prompts(cfg, "ppo")
-        kept = min(EVALUATED_PROMPTS, len(prompts) // 4)
+        scorer = annotator(cfg) if cfg.ppo.reward == "annotator" else load_reward_model(scored, cfg).score
+        prompts = data.load_prompts(cfg.data, "ppo")
+        kept = min(WATCHED_PROMPTS, len(prompts) // 4)
         train_prompts, watch = prompts[kept:], prompts[:kept]
         torch.manual_seed(cfg.seed)
         state = ppo_.prepare(policy, reference, scorer, train_prompts, tokenizer, cfg)
         restore(state, folder)
         with MetricsLogger(folder) as logger:
             logger.truncate(state.iteration)
-            _cut(folder / "samples.jsonl", state.iteration)
+            for name in ("samples.jsonl", WATCHED):
+                _cut(folder / name, state.iteration)
             callbacks = [
-                _watcher(cfg, scorer, watch, tokenizer),
+                _watcher(cfg, scorer, watch, tokenizer, folder / WATCHED),
                 lambda state, metrics, _: logger.log(state.iteration, {f"ppo/{k}": v for k, v in metrics.items()}),
-                lambda state, _, samples: _append(folder / "samples.jsonl", state.iteration, samples),
+                lambda state, _, samples: _append(
+                    folder / "samples.jsonl", [{"iteration": state.iteration, "query": q, "response": r} for q, r in samples]
+                ),
                 lambda state, *_: save(state, folder, cfg),
                 *([callback] if callback else []),
             ]
@@ -375,27 +384,32 @@ def ppo(cfg: Config, callback=None) -> Stage:
             key: last[f"ppo/{key}"] for key in ("score", "kl", "eos_rate", "length")
         }
 
-    return _build(cfg, "ppo", make, resumes=True)
+    return build(cfg, "ppo", make, resumes=True)
 
 
-def _watcher(cfg: Config, scorer, prompts: list[str], tokenizer):
-    """A callback that adds the mean score on prompts PPO does not train on, every ``evaluation_interval`` iterations."""
+def _watcher(cfg: Config, scorer, prompts: list[str], tokenizer, path: Path):
+    """A callback that samples on prompts PPO does not train on, every ``evaluation_interval`` iterations."""
 
     def watch(state, metrics, _samples) -> None:
         if state.iteration % cfg.ppo.evaluation_interval == 0 or state.iteration in (1, cfg.ppo.iterations):
             ids = encode_queries(tokenizer, prompts)
             rollout = sample_many(state.policy, ids, cfg.rollouts, tokenizer, cfg.seed, cfg.models.autocast)
-            scores = ppo_.scores_of(scorer, prompts, response_texts(tokenizer, rollout.responses, rollout.mask), "cpu")
+            texts = response_texts(tokenizer, rollout.responses, rollout.mask)
+            scores = ppo_.scores_of(scorer, prompts, texts, "cpu")
+            kl = ev.exact_kl_per_response(state.policy, state.reference, rollout)
             metrics["evaluation_score"] = scores.mean().item()
+            metrics["evaluation_kl"] = kl.mean().item()
             metrics["evaluation_eos_rate"] = rollout.ended.float().mean().item()
+            rows = zip(prompts, texts, kl.tolist(), rollout.lengths.tolist(), rollout.ended.tolist())
+            keys = ("query", "response", "kl", "length", "ended")
+            _append(path, [{"iteration": state.iteration} | dict(zip(keys, row)) for row in rows])
 
     return watch
 
 
-def _append(path: Path, iteration: int, samples) -> None:
+def _append(path: Path, rows: list[dict]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        for query, response in samples:
-            file.write(json.dumps({"iteration": iteration, "query": query, "response": response}) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _cut(path: Path, iteration: int) -> None:
@@ -454,7 +468,7 @@ def evaluation(cfg: Config, callback=None) -> Stage:
     def make(folder: Path) -> dict:
         reference, tokenizer = load_policy(first, cfg)
         policy, _ = load_policy(trained, cfg)
-        prompts = _prompts(cfg, "evaluation")[: cfg.evaluation.n_prompts]
+        prompts = data.load_prompts(cfg.data, "evaluation")[: cfg.evaluation.n_prompts]
         scorers = make_scorers(cfg, load_reward_model(scored, cfg))
         after = ev.evaluate(policy, reference, tokenizer, prompts, scorers, cfg)
         before = ev.evaluate(reference, reference, tokenizer, prompts, scorers, cfg)
@@ -462,32 +476,53 @@ def evaluation(cfg: Config, callback=None) -> Stage:
         best = ev.best_of_n(reference, tokenizer, few, scorers["proxy"], scorers["gold"], cfg)
         before.save(folder / "before.parquet")
         after.save(folder / "after.parquet")
-        save_file({"proxy": torch.from_numpy(best.proxy), "gold": torch.from_numpy(best.gold)}, folder / "best_of_n.safetensors")
+        best.save(folder / "best_of_n.parquet")
+        _score_watched(trained.path / WATCHED, scorers, folder / WATCHED)
         wins = ev.win_rate(after.scores["gold"], before.scores["gold"], cfg.evaluation.bootstrap_samples, cfg.seed)
         summary = {"kl": float(after.kl.mean()), "gold_win_rate": [wins.rate, wins.low, wins.high]}
         if cfg.preferences.criterion == "sentiment":  # only its score has a zero: log odds of "positive"
             summary["gold_positive"] = [float((e.scores["gold"] > 0).mean()) for e in (before, after)]
         return summary
 
-    return _build(cfg, "evaluation", make)
+    return build(cfg, "evaluation", make)
 
 
-def load_evaluation(stage: Stage) -> tuple[ev.Evaluation, ev.Evaluation, dict[str, torch.Tensor]]:
-    """(SFT, PPO, best-of-n scores) of an evaluation stage."""
+def _score_watched(source: Path, scorers: dict[str, ppo_.RewardFn], target: Path) -> None:
+    """What a PPO run said on its watched prompts along the way, each row with its scores by every scorer."""
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    queries, responses = [row["query"] for row in rows], [row["response"] for row in rows]
+    for name, scorer in scorers.items():
+        for row, score in zip(rows, ppo_.scores_of(scorer, queries, responses, "cpu").tolist()):
+            row[name] = score
+    _append(target, rows)
+
+
+def load_evaluation(stage: Stage) -> tuple[ev.Evaluation, ev.Evaluation, ev.BestOfN]:
+    """(SFT, PPO, best-of-n) of an evaluation stage."""
     before, after = (ev.Evaluation.load(stage.path / f"{part}.parquet") for part in ("before", "after"))
-    return before, after, load_file(str(stage.path / "best_of_n.safetensors"))
+    return before, after, ev.BestOfN.load(stage.path / "best_of_n.parquet")
+
+
+def load_watched(stage: Stage) -> dict[int, dict[str, np.ndarray]]:
+    """Iteration -> kl, length, ended, gold, proxy, independent, each (W,): a PPO run on prompts it did not train on."""
+    rows = [json.loads(line) for line in (stage.path / WATCHED).read_text(encoding="utf-8").splitlines()]
+    keys = [key for key in rows[0] if key not in ("iteration", "query", "response")]
+    groups: dict[int, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["iteration"], []).append(row)
+    return {i: {key: np.array([row[key] for row in group], float) for key in keys} for i, group in groups.items()}
 
 
 def make_scorers(cfg: Config, scorer: RewardModel) -> dict[str, ppo_.RewardFn]:
     """``gold`` (the annotator's taste), ``proxy`` (the reward model), ``independent``: each ``(queries, responses) -> (B,)``."""
-    judge = pf.make_scorer(cfg.preferences.criterion, cfg)
     independent = models.load_classifier(cfg.models.evaluator, models.pick_device(cfg.device))
-
-    def on_text(score):
-        return lambda queries, responses: score([q + r for q, r in zip(queries, responses)])
-
-    return {"gold": on_text(judge), "proxy": scorer.score, "independent": on_text(independent.score)}
+    return {"gold": annotator(cfg), "proxy": scorer.score, "independent": _on_text(independent.score)}
 
 
-def _prompts(cfg: Config, role: str) -> list[str]:
-    return [data.split_opening(review, cfg.data)[0] for review in data.load_reviews(cfg.data, role)]
+def annotator(cfg: Config) -> ppo_.RewardFn:
+    """The gold score of query + response: the simulated annotator's taste, without its noise."""
+    return _on_text(pf.make_scorer(cfg.preferences.criterion, cfg))
+
+
+def _on_text(score) -> ppo_.RewardFn:
+    return lambda queries, responses: score([q + r for q, r in zip(queries, responses)])

@@ -67,6 +67,8 @@ def test_the_profile_is_cpu_unless_the_environment_says_otherwise(recorded, monk
         (["fields", "--set", "ppo.kl_coef=-1"], "ppo.kl_coef"),
         (["stage", "ppo", "--set", "kl_coef=1"], "ppo.kl_coef"),
         (["run", "--only", "77"], "no notebook"),
+        (["learn", "--seeds", "0"], "--seeds"),
+        (["learn", "--set", "preferences.criterion=clarity"], "preferences.criterion=sentiment"),
     ],
 )
 def test_wrong_input_gets_one_line_and_exit_code_2(arguments, hint, capsys):

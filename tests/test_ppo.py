@@ -217,6 +217,28 @@ def test_a_step_in_parts_is_the_step_of_the_whole_minibatch(parts, monkeypatch):
         torch.testing.assert_close(p.detach(), expected[name] - step, atol=1e-6, rtol=0)
 
 
+def test_parts_hold_every_row_once_and_no_column_that_is_padding_alone():
+    draw, lengths = torch.Generator().manual_seed(3), torch.tensor([3, 1, 5, 2, 5, 4, 1, 3])
+    mask, before = torch.arange(6) < lengths[:, None], torch.arange(4) >= torch.tensor([2, 1, 3, 2, 1, 2, 3, 1])[:, None]
+    ids = torch.randint(1, 9, (8, 10), generator=draw)
+    batch = ppo.Batch(ids, torch.cat([before, mask], 1), mask, *(torch.randn(4, 8, 6, generator=draw) * mask))
+    parts = batch.parts(4)
+    assert [len(part.mask) for part in parts] == [2, 2, 2, 2]
+    lengths = [part.mask.sum(1).tolist() for part in parts]
+    assert [n for part in lengths for n in part] == sorted(batch.mask.sum(1).tolist())
+    for part in parts:
+        width, queries = part.mask.shape[1], part.input_ids.shape[1] - part.mask.shape[1]
+        assert part.mask.any(0).all() and part.attention_mask[:, :queries].any(0).all()
+        assert part.attention_mask.shape == part.input_ids.shape
+        assert {part.logprobs.shape[1], part.values.shape[1], part.advantages.shape[1], part.returns.shape[1]} == {width}
+    real = sorted(tuple(row[keep].tolist()) for row, keep in zip(batch.input_ids, batch.attention_mask.bool()))
+    kept = [tuple(row[keep].tolist()) for part in parts for row, keep in zip(part.input_ids, part.attention_mask.bool())]
+    assert sorted(kept) == real
+    assert sum(float((p.advantages * p.mask).sum()) for p in parts) == pytest.approx(
+        float((batch.advantages * batch.mask).sum()), abs=1e-4
+    )
+
+
 def test_statistics_do_not_depend_on_the_parts():
     rows = []
     for parts in (1, 2, 4):
@@ -254,13 +276,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(field):
 
 
 class Given:
-    """A reference whose logprobs are known."""
+    """A reference whose logprobs are known; it is asked for some rows at a time, in order."""
 
     def __init__(self, table):
-        self.table = table
+        self.table, self.at = table, 0
 
-    def logprobs(self, *_):
-        return self.table
+    def logprobs(self, input_ids, *_):
+        self.at += len(input_ids)
+        return self.table[self.at - len(input_ids) : self.at]
 
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]).bool()

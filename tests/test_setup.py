@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 ORDER = [
     *("config", "hub", "tensor_ops", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
     *("criteria", "preferences", "reward_model", "rollouts", "offload", "memory", "checkpoint", "tracking", "ppo", "evaluation"),
-    *("stages", "runner", "course", "exercises", "plots", "widgets"),
+    *("stages", "learn", "ablations", "runner", "course", "exercises", "plots", "widgets"),
 ]
 TORCH_ONLY = {"tensor_ops", "kl", "gae", "exact", "offload"}
 MAY_IMPORT = {

@@ -165,7 +165,7 @@ def test_what_the_stages_hold(here, straight):
     assert any(not torch.equal(a, b) for a, b in zip(policy.lm.parameters(), before.lm.parameters()))
     first, after, best = stages.load_evaluation(evaluation)
     assert first.queries == after.queries == [data.split_opening(r, cfg.data)[0] for r in invented_reviews()["evaluation"][:4]]
-    assert set(after.scores) == {"gold", "proxy", "independent"} and best["proxy"].shape == best["gold"].shape == (4, 2)
+    assert set(after.scores) == {"gold", "proxy", "independent"} and best.proxy.shape == best.gold.shape == (4, 2)
     assert not np.abs(first.kl).max() > 1e-4 and after.kl.mean() == pytest.approx(evaluation.summary["kl"])
     judge, texts = stages.pf.make_scorer("descriptiveness", cfg), [q + r for q, r in zip(after.queries, after.responses)]
     assert after.scores["gold"] == pytest.approx(judge(texts))

@@ -1,0 +1,149 @@
+"""Ablations: what each choice of the recipe is worth. Run once, kept in ``data/recorded/``, replayed by the notebooks.
+
+A variant changes the profile in one place and is run over the same seeds as the recipe; what is kept of a run is its
+figures on the evaluation prompts, its curves, and a few samples of the first seed. Knows the stages; trains nothing
+itself. Only runs on the embedded reviews may be recorded: a sample from a policy fine-tuned on IMDb may repeat it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_nb_utils import checkpoint, stages
+from rlhf_nb_utils import evaluation as ev
+from rlhf_nb_utils.config import DATA, Config, CourseError, load_config
+
+RECORDED = DATA / "recorded"
+CURVES = ("score_normalised", "kl", "entropy", "clipfrac", "explained_var", "value_loss", "length", "eos_rate", "kl_coef")
+SAMPLES = 4
+CHEAP = {"evaluation.n_prompts": 500, "evaluation.best_of_n": 1, "evaluation.best_of_prompts": 4}
+
+# name -> what it changes. The recipe is the profile as it stands.
+VARIANTS: dict[str, dict] = {
+    "recipe": {},
+    "no SFT": {"sft.epochs": 0},
+    "no value clip": {"ppo.cliprange_value": None},
+    "no whitening": {"ppo.whiten_advantages": False},
+    "separate critic": {"ppo.critic": "separate"},
+    **{f"β = {beta:g}": {"ppo.kl_coef": beta} for beta in (0.05, 0.1, 0.2, 0.5, 1.0)},
+    **{f"{n} epoch{'s' * (n > 1)} per batch": {"ppo.num_ppo_epochs": n} for n in (1, 2, 4)},
+    "k3 in the reward": {"ppo.kl_estimator": "k3"},
+    "reward model on triples": {"preferences.responses_per_prompt": 3, "reward_model.loss": "rankings"},
+    "no annotator noise": {"preferences.noise": 0.0},
+    "annotator noise 3": {"preferences.noise": 3.0},
+    "adaptive β": {"ppo.kl_controller": "adaptive", "ppo.kl_target": 3.0},
+    "reward by the annotator": {"ppo.reward": "annotator"},
+}
+
+
+class AblationError(CourseError):
+    """A variant or a recording that is not there."""
+
+
+def measure(cfg: Config) -> dict:
+    """One run: figures on the evaluation prompts, curves rounded to three digits, samples."""
+    stage = stages.evaluation(cfg)
+    before, after, _ = stages.load_evaluation(stage)
+    history, count = stages.ppo(cfg).history, ev.common_ngram_count(3, before.tokens, after.tokens)
+    summary = {
+        "positive_before": float((before.scores["gold"] > 0).mean()),
+        "positive": float((after.scores["gold"] > 0).mean()),
+        "independent": float((after.scores["independent"] > 0).mean()),
+        "gold": float(after.scores["gold"].mean()),
+        "proxy": float(after.scores["proxy"].mean()),
+        "kl": float(after.kl.mean()),
+        "win_rate": ev.win_rate(after.scores["gold"], before.scores["gold"], n_samples=100).rate,
+        "distinct": ev.distinct_n(after.tokens, 3, count) / ev.distinct_n(before.tokens, 3, count),
+        "length": float(after.length.mean()),
+        "eos_rate": float(after.ended.mean()),
+        "reward_model": stages.reward_model(cfg).summary["accuracy"]["gold"],
+    }
+    watched = stages.load_watched(stage)
+    return {
+        "seed": cfg.seed,
+        "figures": {key: round(value, 4) for key, value in summary.items()},
+        "curves": {key: [float(f"{row[f'ppo/{key}']:.3g}") for row in history] for key in CURVES},
+        "watched": {
+            "iteration": list(watched),
+            **{key: [float(f"{w[key].mean():.3g}") for w in watched.values()] for key in ("gold", "proxy", "independent", "kl")},
+        },
+        "samples": [list(pair) for pair in zip(after.queries[:SAMPLES], after.responses[:SAMPLES])],
+    }
+
+
+def record(profile: str = "cpu", seeds: Sequence[int] = range(3), names: Sequence[str] = (), jobs: int = 1) -> Path:
+    """Run the named variants (all of them by default) over ``seeds`` and write ``data/recorded/ablations.json``.
+
+    What stands there of other variants is kept. Finished stages are reused, so the command may be stopped and given
+    again. Raises AblationError for an unknown variant, ConfigError for a setting a variant may not have.
+    """
+    names = list(names or VARIANTS)
+    for name in names:
+        if name not in VARIANTS:
+            raise AblationError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+    cfgs = {(n, s): load_config(profile, s, CHEAP | VARIANTS[n]) for n in dict.fromkeys(["recipe", *names]) for s in seeds}
+    if any(cfg.data.source != "embedded" for cfg in cfgs.values()):
+        raise AblationError("only runs on the embedded reviews may be recorded: IMDb's text is not ours to hand on")
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _threads, (jobs,)) as pool:
+        # The recipe first: its early stages are shared, and two processes must not build one stage at a time.
+        runs = dict(zip(cfgs, pool.map(measure, [cfg for (name, _), cfg in cfgs.items() if name == "recipe"])))
+        rest = [key for key in cfgs if key[0] != "recipe"]
+        runs |= dict(zip(rest, pool.map(measure, [cfgs[key] for key in rest])))
+    path = RECORDED / "ablations.json"
+    kept = load() if path.exists() else {"variants": {}}
+    for name in names:
+        kept["variants"][name] = {"change": VARIANTS[name], "runs": [runs[name, seed] for seed in seeds]}
+        for run in kept["variants"][name]["runs"][1:]:
+            run.pop("samples")
+    order = [name for name in VARIANTS if name in kept["variants"]]
+    kept = {"profile": profile, "variants": {name: kept["variants"][name] for name in order}}
+    RECORDED.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json_atomic(path, kept)
+    return path
+
+
+def load() -> dict:
+    """The recording. Raises AblationError where there is none."""
+    try:
+        return json.loads((RECORDED / "ablations.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise AblationError("data/recorded/ablations.json is missing or damaged: `git checkout data/recorded`") from None
+
+
+def table(recording: dict) -> list[dict]:
+    """For each variant the mean and the standard error of every figure over its seeds."""
+    rows = []
+    for name, variant in recording["variants"].items():
+        figures = [run["figures"] for run in variant["runs"]]
+        row = {"variant": name, "seeds": len(figures)}
+        for key in figures[0]:
+            values = np.array([f[key] for f in figures], float)
+            error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            row |= {key: float(values.mean()), f"{key}_error": float(error)}
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """Variant, share positive, KL, gold score, diversity, length; mean ± standard error over seeds."""
+    columns = {
+        "reward model, % as gold": ("reward_model", 100, 1), "annotator-positive, %": ("positive", 100, 1),
+        "KL, nats": ("kl", 1, 2), "gold score": ("gold", 1, 2), "independent-positive, %": ("independent", 100, 1),
+        "distinct-3 kept": ("distinct", 1, 2), "tokens": ("length", 1, 1),
+    }  # fmt: skip
+    lines = ["| variant | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = [f"{f * row[key]:.{d}f} ± {f * row[f'{key}_error']:.{d}f}" for key, f, d in columns.values()]
+        lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _threads(jobs: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
