@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from scipy import sparse
 from scipy.sparse.linalg import svds
+from scipy.special import expit
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -66,9 +67,10 @@ BERT = {
     "temperature": 0.07,
     "contrast": 0.5,
 }
-JUDGE = {"steps": 6_000, "batch": 48, "lr_matrix": 0.01, "lr_rest": 1e-3, "warmup": 200, "windows": (32, 64, 128, 256)}
-SHARES = (0.25, 0.35, 0.2, 0.2)  # how often each of the judge's windows is used
-EVALUATOR = {"l2": 5e-6}
+JUDGE = {"steps": 5_500, "batch": 48, "lr_matrix": 0.01, "lr_rest": 1e-3, "warmup": 200, "windows": (32, 64, 128, 256)}
+SHARES = (0.2, 0.35, 0.15, 0.3)  # how often each of the judge's windows is used
+TEACHER = {"l2": 3e-6}
+EVALUATOR = {"l2": 3e-6}
 REVIEWS = {"samples": 32_000, "temperature": 0.8}
 
 
@@ -303,16 +305,12 @@ def build_bert(roles, calibrate: float = 0.0) -> float:
 
 
 def teacher_labels(roles) -> tuple[np.ndarray, float]:
-    """Probability of a positive review by TF-IDF and logistic regression, for the unlabelled reviews."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
+    """Probability of a positive review by a linear model on words and word pairs, for the unlabelled reviews."""
     _, texts, labels = roles["judge"]
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)
-    model = LogisticRegression(C=8.0, max_iter=200).fit(vectorizer.fit_transform(texts), labels)
+    model = fit_classifier(texts, labels, TEACHER["l2"], n_features=2**20, ratios=True)
     _, test, truth = roles["test"]
-    accuracy = model.score(vectorizer.transform(test), truth)
-    return model.predict_proba(vectorizer.transform(roles["language_model"][1]))[:, 1], accuracy
+    accuracy = float(((model.score(test) > 0) == (truth == 1)).mean())
+    return expit(model.score(roles["language_model"][1])), accuracy
 
 
 def build_judge(roles, calibrate: float = 0.0) -> float:
@@ -320,12 +318,12 @@ def build_judge(roles, calibrate: float = 0.0) -> float:
     cfg, rng = JUDGE, np.random.default_rng(SEED + 2)
     torch.manual_seed(SEED + 2)
     soft, accuracy = teacher_labels(roles)
-    say(f"judge: teacher (TF-IDF, logistic regression) {accuracy:.3f} on test reviews")
+    say(f"judge: teacher (linear, words and word pairs) {accuracy:.3f} on test reviews")
     ids = encode("tiny-judge", roles["judge"][1]) + encode("tiny-judge", roles["language_model"][1])
     target = np.concatenate([np.where(roles["judge"][2] == 1, 0.97, 0.03), soft])
     config = DistilBertConfig(
         vocab_size=8192, dim=128, n_layers=4, n_heads=4, hidden_dim=512, max_position_embeddings=256, pad_token_id=0,
-        attn_implementation="eager", dropout=0.1, attention_dropout=0.1, seq_classif_dropout=0.1,
+        attn_implementation="eager", dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
         id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1},
     )  # fmt: skip
     model = DistilBertForSequenceClassification(config).train()
@@ -378,7 +376,7 @@ def build_evaluator(roles, calibrate: float = 0.0) -> float:
         start = int(rng.integers(0, max(1, len(words) - 60)))
         windows.append(" ".join(words[start : start + 60]))
     began = time.time()
-    model = fit_classifier([*texts, *windows], np.concatenate([labels, labels]), l2=EVALUATOR["l2"])
+    model = fit_classifier([*texts, *windows], np.concatenate([labels, labels]), l2=EVALUATOR["l2"], ratios=True)
     model.save(MODELS / "tiny-evaluator", dtype="float16")
     return sum(map(len, texts)) / 4 / (time.time() - began)
 
@@ -431,7 +429,7 @@ def build_reviews(roles, calibrate: float = 0.0) -> float:
     model = new_lm()
     model.load_state_dict(torch.load(WORK / "twin.pt", weights_only=True))
     policy, tokenizer = Policy(model), load_tokenizer("tiny-gpt2")
-    cfg = RolloutsConfig(response_length=64, temperature=REVIEWS["temperature"], batch_size=256)
+    cfg = RolloutsConfig(response_length=56, temperature=REVIEWS["temperature"], batch_size=256)
     began, texts, tokens = time.time(), [], 0
     count = 512 if calibrate else REVIEWS["samples"]
     for start in range(0, count, 2048):
@@ -531,7 +529,7 @@ def evaluate(roles) -> None:
     windows = word_windows(texts, judge.tokenizer)
     for name, model in (("tiny-judge", judge), ("tiny-evaluator", evaluator)):
         whole, part = (float(((model.score(t) > 0) == (labels == 1)).mean()) for t in (texts, windows))
-        print(f"{name}: {whole:.3f} of {len(texts)} whole test reviews (judge: last 256 tokens), {part:.3f} of one random")
+        print(f"{name}: {whole:.3f} of {len(texts)} whole test reviews (judge: mean of windows of 256), {part:.3f} of one random")
         print("    window of 58 WordPiece tokens of each (seed 0); threshold 0, text cleaned, [CLS] … [SEP] around it")
         figures[name.removeprefix("tiny-")] = {"whole": round(whole, 4), "window": round(part, 4)}
     rows = pq.read_table(ROOT / "reviews.parquet").to_pylist()

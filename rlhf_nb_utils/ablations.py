@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rlhf_nb_utils import checkpoint, stages
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import DATA, Config, CourseError, load_config
+from rlhf_nb_utils.learn import spread
 
 RECORDED = DATA / "recorded"
 CURVES = ("score_normalised", "kl", "entropy", "clipfrac", "explained_var", "value_loss", "length", "eos_rate", "kl_coef")
@@ -39,6 +37,7 @@ VARIANTS: dict[str, dict] = {
     "no annotator noise": {"preferences.noise": 0.0},
     "annotator noise 3": {"preferences.noise": 3.0},
     "adaptive β": {"ppo.kl_controller": "adaptive", "ppo.kl_target": 3.0},
+    "twice as long": {"ppo.iterations": 80},
     "reward by the annotator": {"ppo.reward": "annotator"},
 }
 
@@ -91,11 +90,11 @@ def record(profile: str = "cpu", seeds: Sequence[int] = range(3), names: Sequenc
     cfgs = {(n, s): load_config(profile, s, CHEAP | VARIANTS[n]) for n in dict.fromkeys(["recipe", *names]) for s in seeds}
     if any(cfg.data.source != "embedded" for cfg in cfgs.values()):
         raise AblationError("only runs on the embedded reviews may be recorded: IMDb's text is not ours to hand on")
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _threads, (jobs,)) as pool:
-        # The recipe first: its early stages are shared, and two processes must not build one stage at a time.
-        runs = dict(zip(cfgs, pool.map(measure, [cfg for (name, _), cfg in cfgs.items() if name == "recipe"])))
-        rest = [key for key in cfgs if key[0] != "recipe"]
-        runs |= dict(zip(rest, pool.map(measure, [cfgs[key] for key in rest])))
+    # The recipe first: its early stages are shared, and two processes must not build one stage at a time.
+    shared = [key for key in cfgs if key[0] == "recipe"]
+    runs = dict(zip(shared, spread(measure, [(cfgs[key],) for key in shared], jobs)))
+    rest = [key for key in cfgs if key not in runs]
+    runs |= dict(zip(rest, spread(measure, [(cfgs[key],) for key in rest], jobs)))
     path = RECORDED / "ablations.json"
     kept = load() if path.exists() else {"variants": {}}
     for name in names:
@@ -143,7 +142,3 @@ def markdown(rows: list[dict]) -> str:
         cells = [f"{f * row[key]:.{d}f} ± {f * row[f'{key}_error']:.{d}f}" for key, f, d in columns.values()]
         lines.append(f"| {row['variant']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _threads(jobs: int) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))

@@ -1,4 +1,4 @@
-"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|fields|store``.
+"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|ablate|fields|store``.
 
 Arguments, exit codes and the one line a user gets on wrong input; `runner` runs notebooks, `stages` trains. torch is
 imported by ``stage`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a full disk, 130 interrupted.
@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     learn = commands.add_parser("learn", parents=[settings, out], help="measure the recipe over seeds: one table, in runs/")
     learn.add_argument("--seeds", type=int, default=5, help="how many seeds, from --seed on (default 5)")
     learn.add_argument("--jobs", type=int, default=1, help="seeds measured at the same time, sharing the cores (default 1)")
+    ablate = commands.add_parser("ablate", parents=[out], help="record what each choice is worth, in data/recorded/")
+    ablate.add_argument("--only", nargs="+", action="extend", metavar="NAME", help="only these variants (default all)")
+    ablate.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
+    ablate.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the cores (default 1)")
     commands.add_parser("fields", parents=[settings], help="every setting: value, bounds, default, meaning")
     commands.add_parser("store", parents=[only, out], help="run the notebooks on cpu, keep their outputs in notebooks/")
     return parser
@@ -123,15 +127,26 @@ def _dispatch(args: argparse.Namespace) -> None:
     else:
         out = getattr(args, "out", None)
         with runner.kernel_environment(out.expanduser().resolve() if out else runs_dir()):
-            cfg = load_config(args.profile, args.seed, parse_overrides(args.set))
-            if args.command == "learn":
-                from .learn import learn
+            _train(args) if args.command != "fields" else print_fields(_config(args))
 
-                learn(args.profile, range(args.seed, args.seed + args.seeds), parse_overrides(args.set), args.jobs)
-            elif args.command == "fields":
-                print_fields(cfg)
-            else:
-                print(stage(args.name, cfg))
+
+def _config(args: argparse.Namespace) -> Config:
+    return load_config(args.profile, args.seed, parse_overrides(args.set))
+
+
+def _train(args: argparse.Namespace) -> None:
+    """The commands that need torch."""
+    if args.command == "stage":
+        print(stage(args.name, _config(args)))
+    elif args.command == "learn":
+        from .learn import learn
+
+        learn(args.profile, range(args.seed, args.seed + args.seeds), parse_overrides(args.set), args.jobs)
+    else:
+        from . import ablations
+
+        ablations.record("cpu", range(args.seeds), args.only or (), args.jobs)
+        print(ablations.markdown(ablations.table(ablations.load())))
 
 
 def main(argv: list[str] | None = None) -> int:

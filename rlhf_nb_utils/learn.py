@@ -379,11 +379,7 @@ def learn(profile: str, seeds: Sequence[int], overrides: dict | None = None, job
     if not seeds or jobs < 1:
         raise LearnError("--seeds and --jobs must be at least 1")
     variants(profile, seeds[0], overrides)  # what is wrong should be known before hours of training
-    if jobs == 1:
-        found = [measure(profile, seed, overrides) for seed in seeds]
-    else:
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _threads, (jobs,)) as pool:
-            found = list(pool.map(measure, [profile] * len(seeds), seeds, [overrides] * len(seeds)))
+    found = spread(measure, [(profile, seed, overrides) for seed in seeds], jobs)
     records = [(json.loads((stage.path / "prompts.json").read_text(encoding="utf-8")), stage.summary) for stage in found]
     results = Results(records)
     measured = [*static_rows(), *table(results)]
@@ -402,6 +398,14 @@ def learn(profile: str, seeds: Sequence[int], overrides: dict | None = None, job
     return folder / f"{name}.md"
 
 
+def spread(function: Callable, tasks: Sequence[tuple], jobs: int) -> list:
+    """``[function(*task) for task in tasks]`` in order, ``jobs`` processes at a time, which share the cores."""
+    if jobs == 1:
+        return [function(*task) for task in tasks]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _threads, (jobs,)) as pool:
+        return list(pool.map(function, *zip(*tasks)))
+
+
 def _threads(jobs: int) -> None:
-    """Share the cores between the jobs: two processes on the same cores would each wait for the other."""
+    """Two processes that both use every core would each wait for the other."""
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))

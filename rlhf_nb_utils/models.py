@@ -216,16 +216,26 @@ class TextClassifier:
 
     @torch.no_grad()
     def score(self, texts: list[str], batch_size: int = 128) -> np.ndarray:
-        """Log odds (N,) float64, in the order given; scored in batches of similar length."""
+        """Log odds (N,) float64, in the order given; scored in batches of similar length.
+
+        A text longer than ``max_length`` tokens is read in windows; its score is their mean, each weighing by its tokens.
+        """
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         scores = np.zeros(len(texts))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = self.tokenizer(
-                [texts[i] for i in rows], padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+                [texts[i] for i in rows],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_overflowing_tokens=True,
+                return_tensors="pt",
             ).to(self.model.device)
             logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.cpu().double()
-            scores[rows] = (logits[:, self.positive] - logits[:, self.negative]).numpy()
+            odds, weight = logits[:, self.positive] - logits[:, self.negative], batch["attention_mask"].sum(1).cpu()
+            text = batch["overflow_to_sample_mapping"].cpu()
+            scores[rows] = np.bincount(text, odds * weight) / np.bincount(text, weight)
         return scores
 
 
@@ -240,7 +250,6 @@ def load_classifier(name: str, device: torch.device | str = "cpu") -> TextClassi
     source = str(path) if path.is_dir() else name
     model = load_weights(AutoModelForSequenceClassification, source).to(device)
     tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(name))
-    tokenizer.truncation_side = "left"  # what is judged is the end: the query is cut, not the response
     limit = min(256, int(getattr(config, "max_position_embeddings", 258)) - 2)
     return TextClassifier(model, tokenizer, positive, negative, limit)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -181,10 +182,20 @@ def test_weights_that_are_not_safetensors_are_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_judge_reads_the_end_of_a_text_that_is_too_long():
+def test_the_judge_reads_all_of_a_text_that_is_too_long():
     judge = models.load_classifier("tiny-judge")
-    end = "This is the worst film ever made, boring and awful."
-    assert abs(judge.score(["wonderful " * 600 + end])[0] - judge.score(["wonderful " * 400 + end])[0]) < 1e-4
+    good, bad = "A wonderful and touching film. " * 60, "An awful and boring film. " * 60
+    alone = judge.score([good, bad, good + bad, "Awful."])
+    ids = judge.tokenizer(good + bad, add_special_tokens=False)["input_ids"]
+    windows = [ids[i : i + 254] for i in range(0, len(ids), 254)]
+    odds, weights = [], []
+    for window in windows:
+        row = torch.tensor([[judge.tokenizer.cls_token_id, *window, judge.tokenizer.sep_token_id]])
+        logits = judge.model(row, attention_mask=torch.ones_like(row)).logits[0].double()
+        odds.append((logits[1] - logits[0]).item())
+        weights.append(row.shape[1])
+    assert len(windows) > 2 and alone[2] == pytest.approx(np.average(odds, weights=weights), abs=1e-4)
+    assert alone[0] > alone[2] > alone[1]
 
 
 def test_a_judge_without_a_positive_label_is_refused():
