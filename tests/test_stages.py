@@ -108,13 +108,19 @@ def here(base, tmp_path, monkeypatch):
 
 def left_by(stage):
     rows = [{key: value for key, value in row.items() if key not in TIMINGS} for row in stage.history]
-    return rows, (stage.path / "samples.jsonl").read_text(), load_file(stage.path / "model.safetensors"), stage.summary
+    return (
+        rows,
+        (stage.path / "samples.jsonl").read_text(),
+        [(row["iteration"], row["response"]) for row in map(json.loads, (stage.path / "watched.jsonl").open())],
+        load_file(stage.path / "model.safetensors"),
+        stage.summary,
+    )
 
 
 def assert_same(stage, straight, exactly=True):
-    rows, samples, tensors, summary = left_by(stage)
-    expected_rows, expected_samples, expected_tensors, expected_summary = straight
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and samples == expected_samples
+    rows, samples, watched, tensors, summary = left_by(stage)
+    expected_rows, expected_samples, expected_watched, expected_tensors, expected_summary = straight
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and samples == expected_samples and watched == expected_watched
     close = functools.partial(pytest.approx, rel=0 if exactly else 1e-4, abs=0 if exactly else 1e-5)
     assert rows == [close(row) for row in expected_rows] and summary == close(expected_summary)
     for name, tensor in tensors.items():
@@ -170,6 +176,13 @@ def test_what_the_stages_hold(here, straight):
     judge, texts = stages.pf.make_scorer("descriptiveness", cfg), [q + r for q, r in zip(after.queries, after.responses)]
     assert after.scores["gold"] == pytest.approx(judge(texts))
     assert after.scores["proxy"] == pytest.approx(reward_model.score(after.queries, after.responses).numpy(), abs=1e-5)
+    assert [len(group) for group in best.responses] == [2] * 4 and best.queries == after.queries
+    watched = stages.load_watched(evaluation)
+    assert list(watched) == [1, 2, 4, 5] and set(watched[1]) == {"kl", "length", "ended", "gold", "proxy", "independent"}
+    logged = {row["step"]: row for row in rows if "ppo/evaluation_score" in row}
+    for step, columns in watched.items():
+        assert columns["proxy"].mean() == pytest.approx(logged[step]["ppo/evaluation_score"], abs=1e-4)
+        assert columns["kl"].mean() == pytest.approx(logged[step]["ppo/evaluation_kl"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +372,7 @@ def killed_run(folder, runs, iteration):
 
     def callback(state, *_):
         if state.iteration == iteration:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "watched.jsonl"):
                 with open(partial_of(cfg) / name, "a") as file:
                     file.write('{"iteration": 9, "st')
             os.kill(os.getpid(), signal.SIGKILL)
