@@ -187,7 +187,8 @@ def test_the_judge_reads_all_of_a_text_that_is_too_long():
     good, bad = "A wonderful and touching film. " * 60, "An awful and boring film. " * 60
     alone = judge.score([good, bad, good + bad, "Awful."])
     ids = judge.tokenizer(good + bad, add_special_tokens=False)["input_ids"]
-    windows = [ids[i : i + 254] for i in range(0, len(ids), 254)]
+    size = judge.max_length - 2  # two special tokens stand around each window
+    windows = [ids[i : i + size] for i in range(0, len(ids), size)]
     odds, weights = [], []
     for window in windows:
         row = torch.tensor([[judge.tokenizer.cls_token_id, *window, judge.tokenizer.sep_token_id]])
