@@ -36,6 +36,8 @@ ROLE_PRIORITY = ("test", "prompts", "evaluator", "judge", "language_model")
 
 # Short reviews are dealt out to these uses in this order; the evaluation prompts come first, so that no setting moves them.
 ROLE_SHARES = (("evaluation", 0.14), ("ppo", 0.16), ("preferences", 0.45), ("sft", 0.25))
+# IMDb's role has fewer short reviews than data/: dealt closer to what the profiles ask for.
+IMDB_SHARES = (("evaluation", 0.105), ("ppo", 0.15), ("preferences", 0.465), ("sft", 0.28))
 SHORT_WORDS = (10, 32)  # about 15 to 45 tokens of the embedded policy: a sentence or three
 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
@@ -162,10 +164,10 @@ def _distinct_queries(cfg: DataConfig) -> dict[str, list[Review]]:
     return kept
 
 
-def deal(reviews: list[Review]) -> dict[str, list[Review]]:
-    """Cut a list of reviews into the uses of ``ROLE_SHARES``, in that order."""
-    bounds = np.cumsum([0.0] + [share for _, share in ROLE_SHARES]) * len(reviews)
-    return {role: reviews[math.floor(a) : math.floor(b)] for (role, _), a, b in zip(ROLE_SHARES, bounds, bounds[1:])}
+def deal(reviews: list[Review], shares: tuple[tuple[str, float], ...] = ROLE_SHARES) -> dict[str, list[Review]]:
+    """Cut a list of reviews into the uses of ``shares``, in that order."""
+    bounds = np.cumsum([0.0] + [share for _, share in shares]) * len(reviews)
+    return {role: reviews[math.floor(a) : math.floor(b)] for (role, _), a, b in zip(shares, bounds, bounds[1:])}
 
 
 def _embedded() -> dict[str, list[Review]]:
@@ -183,7 +185,7 @@ def _embedded() -> dict[str, list[Review]]:
 def _short_imdb() -> dict[str, list[Review]]:
     ids, texts, labels = load_imdb_role("prompts")
     short = [(i, short_review(text), label) for i, text, label in zip(ids, texts, labels)]
-    return deal([Review(i, text, int(label)) for i, text, label in short if text])
+    return deal([Review(i, text, int(label)) for i, text, label in short if text], IMDB_SHARES)
 
 
 # --- sets of comparisons made elsewhere -----------------------------------------------------------------------------
