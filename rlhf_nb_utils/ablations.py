@@ -80,9 +80,12 @@ def measure(cfg: Config) -> dict:
 def record(profile: str = "cpu", seeds: Sequence[int] = range(3), names: Sequence[str] = (), jobs: int = 1) -> Path:
     """Run the named variants (all of them by default) over ``seeds`` and write ``data/recorded/ablations.json``.
 
-    What stands there of other variants is kept. Finished stages are reused, so the command may be stopped and given
-    again. Raises AblationError for an unknown variant, ConfigError for a setting a variant may not have.
+    What stands there of other variants is kept, if it was recorded with the same recipe. Finished stages are reused, so the
+    command may be stopped and given again. Raises AblationError for an unknown variant, no seeds, reviews that may not be
+    recorded, or a recording of another recipe that would be kept in part.
     """
+    if not seeds or jobs < 1:
+        raise AblationError("--seeds and --jobs must be at least 1")
     names = list(names or VARIANTS)
     for name in names:
         if name not in VARIANTS:
@@ -90,19 +93,22 @@ def record(profile: str = "cpu", seeds: Sequence[int] = range(3), names: Sequenc
     cfgs = {(n, s): load_config(profile, s, CHEAP | VARIANTS[n]) for n in dict.fromkeys(["recipe", *names]) for s in seeds}
     if any(cfg.data.source != "embedded" for cfg in cfgs.values()):
         raise AblationError("only runs on the embedded reviews may be recorded: IMDb's text is not ours to hand on")
+    recipe = cfgs["recipe", seeds[0]].model_dump(mode="json") | {"seed": list(seeds)}
+    path = RECORDED / "ablations.json"
+    kept = load() if path.exists() else {"recipe": recipe, "variants": {}}
+    if kept["recipe"] != recipe and set(kept["variants"]) - set(names):
+        raise AblationError("data/recorded/ablations.json was made with another recipe or other seeds: record all variants anew")
     # The recipe first: its early stages are shared, and two processes must not build one stage at a time.
     shared = [key for key in cfgs if key[0] == "recipe"]
     runs = dict(zip(shared, spread(measure, [(cfgs[key],) for key in shared], jobs)))
     rest = [key for key in cfgs if key not in runs]
     runs |= dict(zip(rest, spread(measure, [(cfgs[key],) for key in rest], jobs)))
-    path = RECORDED / "ablations.json"
-    kept = load() if path.exists() else {"variants": {}}
     for name in names:
         kept["variants"][name] = {"change": VARIANTS[name], "runs": [runs[name, seed] for seed in seeds]}
         for run in kept["variants"][name]["runs"][1:]:
             run.pop("samples")
     order = [name for name in VARIANTS if name in kept["variants"]]
-    kept = {"profile": profile, "variants": {name: kept["variants"][name] for name in order}}
+    kept = {"recipe": recipe, "variants": {name: kept["variants"][name] for name in order}}
     RECORDED.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json_atomic(path, kept)
     return path

@@ -1,7 +1,8 @@
 """The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|ablate|fields|store``.
 
 Arguments, exit codes and the one line a user gets on wrong input; `runner` runs notebooks, `stages` trains. torch is
-imported by ``stage`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a full disk, 130 interrupted.
+imported by ``stage``, ``learn`` and ``ablate`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a full disk,
+130 interrupted.
 """
 
 from __future__ import annotations

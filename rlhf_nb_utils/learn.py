@@ -90,7 +90,7 @@ def measure(profile: str, seed: int, overrides: dict) -> stages.Stage:
         checkpoint.write_json_atomic(folder / "prompts.json", lists)
         return {
             "distance": _distance(trained),
-            **_distinct({"before": before.tokens, "after": after.tokens, "best_of_n": _best_tokens(cfg, best)}),
+            **_distinct({"before": before.tokens, "after": after.tokens} | _best_tokens(cfg, best)),
             **_last_fifth(stages.ppo(cfg).history),
             "ppo_minutes": _minutes(stages.ppo(cfg).history),
             "threads": torch.get_num_threads(),
@@ -120,11 +120,15 @@ def _distinct(sets: dict[str, list[list[int]]]) -> dict[str, float]:
     return out | {f"distinct_{k}": float(np.mean([ev.distinct_n(t, 3, few, seed) for seed in shuffles])) for k, t in sets.items()}
 
 
-def _best_tokens(cfg: Config, best: ev.BestOfN) -> list[list[int]]:
-    """Token ids of the best of n of each prompt."""
-    tokenizer = models.load_tokenizer(cfg.models.policy)
-    texts = [row[i] for row, i in zip(best.responses, best.proxy.argmax(1))]
-    return [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+def _best_tokens(cfg: Config, best: ev.BestOfN) -> dict[str, list[list[int]]]:
+    """Token ids of the best of n and of the first sample of each prompt.
+
+    Only their texts are kept, and encoding a text anew may give other ids than were sampled: so these two are compared
+    with each other, and not with the samples of a policy.
+    """
+    tokenizer, n = models.load_tokenizer(cfg.models.policy), range(len(best.queries))
+    picks = {"best_of_n": [best.responses[i][best.proxy[i].argmax()] for i in n], "one_of_n": [row[0] for row in best.responses]}
+    return {name: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for name, texts in picks.items()}
 
 
 def heldout_pairs(best: ev.BestOfN, seed: int, noise: float) -> tuple[list[Comparison], np.ndarray]:
@@ -307,14 +311,14 @@ ROWS = (
     Row("… after", _mean("negative_after", 100), ".1f", "≥", 70),
     Row("… at an exact KL of (nats)", _mean("negative_kl"), ".2f", "≤", 10),
     Row("rewarded by the annotator itself, minus ours, at equal KL (points)", _mean("distance", 100), "+.1f", "≤", 3),
-    Row("gold score, PPO minus best of 16 by the same reward model", _gap("gold_after", "gold_best_of_n"), "+.2f", "≥", 0),
+    Row("gold score, PPO minus best-of-n by the same reward model", _gap("gold_after", "gold_best_of_n"), "+.2f", "≥", 0),
     Row(
         "independent evaluator: rise of positive (points)", _gap("independent_after", "independent_before", 100), "+.1f", "≥", 25
     ),
-    Row("distinct-3, after / before, among 2,000 3-grams", _ratio("distinct_after", "distinct_before"), ".3f", "≥", 0.95),
-    Row("… of best-of-16 / before", _ratio("distinct_best_of_n", "distinct_before"), ".3f"),
+    Row("distinct-3, after / before, among at most 2,000 3-grams", _ratio("distinct_after", "distinct_before"), ".3f", "≥", 0.95),
+    Row("… best-of-n / one sample", _ratio("distinct_best_of_n", "distinct_one_of_n"), ".3f"),
     Row("distinct-3, after / before, among all 3-grams", _ratio("distinct_all_after", "distinct_all_before"), ".3f"),
-    Row("… of best-of-16 / before", _ratio("distinct_all_best_of_n", "distinct_all_before"), ".3f"),
+    Row("… best-of-n / one sample", _ratio("distinct_all_best_of_n", "distinct_all_one_of_n"), ".3f"),
     Row("win rate by gold, length-controlled, ties counted", _length_controlled, ".1f", "≥", 85, exact=False),
     Row("last fifth: change of the normalised score", _mean("score_normalised_change"), "+.2f", "±", "score_normalised_scatter"),
     Row("last fifth: change of KL (nats)", _mean("kl_change"), "+.2f", "±", "kl_scatter"),
@@ -347,8 +351,13 @@ def _record(quantity: str, value: float, text: str, sense: str, bar: float | Non
     return {"quantity": quantity, "value": value, "text": text, "bar": "" if bar is None else f"{sense} {bar:.3g}", "met": met}
 
 
-def static_rows() -> list[dict]:
-    """What no seed varies: the figures of the embedded models, as ``data/build.py --evaluate`` measured them."""
+def static_rows(cfg: Config) -> list[dict]:
+    """What no seed varies: the figures of the embedded models, as ``data/build.py --evaluate`` measured them.
+
+    Nothing where another policy, judge or evaluator plays: its figures are not these.
+    """
+    if (cfg.models.policy, cfg.models.judge, cfg.models.evaluator) != ("tiny-gpt2", "tiny-judge", "tiny-evaluator"):
+        return []
     figures = json.loads(FIGURES.read_text(encoding="utf-8"))
     twin, judge, evaluator = (figures[name] for name in ("twin", "judge", "evaluator"))
     named = [
@@ -378,17 +387,18 @@ def learn(profile: str, seeds: Sequence[int], overrides: dict | None = None, job
     overrides = overrides or {}
     if not seeds or jobs < 1:
         raise LearnError("--seeds and --jobs must be at least 1")
-    variants(profile, seeds[0], overrides)  # what is wrong should be known before hours of training
+    cfg = variants(profile, seeds[0], overrides)["main"]  # what is wrong should be known before hours of training
     found = spread(measure, [(profile, seed, overrides) for seed in seeds], jobs)
     records = [(json.loads((stage.path / "prompts.json").read_text(encoding="utf-8")), stage.summary) for stage in found]
     results = Results(records)
-    measured = [*static_rows(), *table(results)]
+    measured = [*static_rows(cfg), *table(results)]
     n_seeds, n_prompts = results.shape
     pairs = n_prompts * PAIRS_PER_PROMPT
-    title = f"{profile} profile, {n_seeds} seeds, {n_prompts} evaluation prompts, {pairs} held-out pairs"
+    title = f"{cfg.profile} profile, {n_seeds} seeds, {n_prompts} evaluation prompts, {pairs} held-out pairs, "
+    title += f"best of {cfg.evaluation.best_of_n}, {int(results.runs['threads'].max())} threads a run"
     if overrides:
         title += "; " + ", ".join(f"{key}={value}" for key, value in overrides.items())
-    folder = runs_dir() / profile / "learn"
+    folder = runs_dir() / cfg.profile / "learn"
     folder.mkdir(parents=True, exist_ok=True)
     name = found[0].path.name.removeprefix("learn-") + f"-{n_seeds}"
     checkpoint.write_json_atomic(folder / f"{name}.json", {"title": title, "rows": measured, "runs": [r for _, r in records]})

@@ -36,6 +36,8 @@ def test_a_recording_keeps_figures_curves_and_a_few_samples(tmp_path, monkeypatc
     before = path.read_bytes()
     ablations.record("smoke", range(2), ["no SFT"])  # found again, and the rest is kept
     assert path.read_bytes() == before
+    with pytest.raises(ablations.AblationError, match="other seeds"):
+        ablations.record("smoke", range(1), ["no SFT"])
     rows = ablations.table(kept)
     mean = sum(run["figures"]["kl"] for run in runs) / 2
     assert rows[0]["kl"] == pytest.approx(mean)
@@ -45,6 +47,9 @@ def test_a_recording_keeps_figures_curves_and_a_few_samples(tmp_path, monkeypatc
 
 def test_what_may_not_be_recorded_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "RECORDED", tmp_path)
+    for wrong in ({"seeds": range(0)}, {"jobs": 0}):
+        with pytest.raises(ablations.AblationError, match="at least 1"):
+            ablations.record(**wrong)
     with pytest.raises(ablations.AblationError, match="no SFT"):
         ablations.record(names=["no sft"])
     monkeypatch.setattr(ablations, "CHEAP", {"data.source": "imdb"})

@@ -2,12 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from rlhf_nb_utils import course, learn
 from rlhf_nb_utils import evaluation as ev
+from rlhf_nb_utils.config import load_config
 
 # --- one seed -----------------------------------------------------------------------------------------------------------
 
@@ -49,6 +51,48 @@ def test_heldout_pairs_are_disjoint_and_in_the_order_of_gold():
     assert 0.3 < coin.mean() < 0.7
 
 
+def test_runs_are_compared_at_the_lower_of_their_final_kls(monkeypatch):
+    def run(kls, shares):
+        watched = {
+            i: {"kl": np.array([kl]), "gold": 2.0 * (np.arange(1000) < 1000 * p) - 1}
+            for i, (kl, p) in enumerate(zip(kls, shares))
+        }
+        after = SimpleNamespace(kl=watched[len(kls) - 1]["kl"], scores={"gold": watched[len(kls) - 1]["gold"]})
+        return SimpleNamespace(watched=watched, evaluation=(None, after, None))
+
+    monkeypatch.setattr(learn.stages, "load_watched", lambda run: run.watched)
+    monkeypatch.setattr(learn.stages, "load_evaluation", lambda run: run.evaluation)
+    far, near = run([1.0, 3.0, 6.0], [0.6, 0.8, 0.95]), run([1.0, 2.0, 3.0], [0.6, 0.65, 0.7])
+    assert learn._distance({"annotator": far, "main": near}) == pytest.approx(0.1, abs=1e-3)
+    assert learn._distance({"annotator": near, "main": far}) == pytest.approx(-0.1, abs=1e-3)
+
+
+def test_each_reward_model_is_asked_about_the_same_pairs(monkeypatch):
+    """Scores planted so that one model is always right, one always wrong and one always undecided."""
+    gold = np.random.default_rng(0).normal(size=(40, 4))
+    gold[0, 1] = gold[0, 0]  # one pair that gold cannot order
+    texts = [[f"{i} {k}" for k in range(4)] for i in range(40)]
+    score = {text: gold[i, k] for i, row in enumerate(texts) for k, text in enumerate(row)}
+    signs = {"main": 1, "trunk": -1, "triples": 0}
+    planted = {kind: SimpleNamespace(score=lambda q, r, s=s: np.array([s * score[t] for t in r])) for kind, s in signs.items()}
+    bag = SimpleNamespace(score=lambda texts: np.zeros(len(texts)))
+    monkeypatch.setattr(learn.stages, "preferences", lambda cfg: None)
+    monkeypatch.setattr(learn.stages, "load_comparisons", lambda stage: ([], []))
+    monkeypatch.setattr(learn, "bag_of_words_baseline", lambda train, heldout: (bag, None))
+    monkeypatch.setattr(learn.stages, "reward_model", lambda cfg: cfg.kind)
+    monkeypatch.setattr(learn.stages, "load_reward_model", lambda kind, cfg: planted[kind])
+    settings = {"seed": 0, "preferences": SimpleNamespace(noise=1.0)}
+    cfgs = {kind: SimpleNamespace(kind=kind, **settings) for kind in signs}
+    columns = learn._reward_models(cfgs, ev.BestOfN([""] * 40, texts, gold, gold))
+    means = {name: np.nanmean(column) for name, column in columns.items()}
+    assert [means[f"gold_agreement_{kind}"] for kind in ("main", "trunk", "triples", "bag")] == [1.0, 0.0, 0.5, 0.5]
+    assert columns["gold_agreement_main"].shape == (40,)
+    # By sampled labels a perfect model is as good as the annotator's own score, and a contrary one as much worse.
+    assert means["label_agreement_main"] == pytest.approx(means["label_agreement_annotator"], abs=0.01)
+    assert 0.6 < means["label_agreement_main"] < 0.95
+    assert means["label_agreement_trunk"] == pytest.approx(1 - means["label_agreement_main"], abs=0.01)
+
+
 # --- the table ----------------------------------------------------------------------------------------------------------
 
 
@@ -62,11 +106,12 @@ def record(seed, prompts=60, **changes):
     numbers = ("kl", "negative_kl", "gold_before", "gold_after", "gold_best_of_n", "length_before", "length_after")
     columns |= {name: rng.normal(size=prompts) for name in numbers}
     runs = dict.fromkeys(("distance", "score_normalised_change", "kl_change"), 0.0)
-    runs |= {"distinct_all_before": 0.5, "distinct_all_after": 0.2, "distinct_all_best_of_n": 0.4}
+    runs |= {"distinct_all_before": 0.5, "distinct_all_after": 0.2, "distinct_all_best_of_n": 0.4, "distinct_all_one_of_n": 0.5}
     runs |= {
         "distinct_before": 0.8,
         "distinct_after": 0.6,
         "distinct_best_of_n": 0.7,
+        "distinct_one_of_n": 0.7,
         "ppo_minutes": 2.0,
         "score_normalised_scatter": 0.1,
         "kl_scatter": 1.0,
@@ -80,8 +125,8 @@ def test_every_row_is_estimated_by_hand():
     rows = {row["quantity"]: row for row in learn.table(learn.Results(records), n_samples=200)}
     stack = {k: np.array([p[k] for p, _ in records]) for k in records[0][0]}
     assert rows["… after PPO"]["value"] == pytest.approx(100 * stack["positive_after"].mean())
-    assert rows["distinct-3, after / before, among 2,000 3-grams"]["value"] == pytest.approx(0.75)
-    assert rows["distinct-3, after / before, among 2,000 3-grams"]["met"] is False
+    assert rows["distinct-3, after / before, among at most 2,000 3-grams"]["value"] == pytest.approx(0.75)
+    assert rows["distinct-3, after / before, among at most 2,000 3-grams"]["met"] is False
     assert rows["rewarded by the annotator itself, minus ours, at equal KL (points)"]["value"] == pytest.approx(1.0)
     assert rows["distinct-3, after / before, among all 3-grams"]["value"] == pytest.approx(0.4)
     named = [row["value"] for row in rows.values() if row["quantity"] == "… after"]
@@ -120,6 +165,12 @@ def test_bars_are_compared_the_right_way_round():
     assert learn._record("x", 1.0, "", "", None)["met"] is None
 
 
+def test_figures_of_the_embedded_models_are_not_shown_for_others():
+    shown = learn.static_rows(load_config("smoke"))
+    assert len(shown) == 4 and shown[1]["value"] > 50 and all(row["met"] in (True, False) for row in shown)
+    assert learn.static_rows(load_config("smoke", 0, {"models.judge": "another"})) == []
+
+
 # --- all of it ----------------------------------------------------------------------------------------------------------
 
 SMALL = [
@@ -140,3 +191,11 @@ def test_the_whole_protocol_prints_a_table_and_keeps_it(tmp_path, capsys):
     kept = json.loads(next(p for p in written if p.suffix == ".json").read_text())
     assert len(kept["rows"]) == 4 + len(learn.ROWS) and len(kept["runs"]) == 2
     assert course.main(command) == 0 and "building" not in capsys.readouterr().out  # found again
+    # What it counted is what the stages of its runs hold: the recipe's, not those of the run it is compared with.
+    folder = tmp_path / "smoke" / "stages"
+    for path in folder.glob("learn-*/"):
+        parent = json.loads((path / "stage.json").read_text())["identity"]["before"]["evaluation"]
+        expected = json.loads((folder / f"evaluation-{parent}" / "stage.json").read_text())["summary"]
+        columns = json.loads((path / "prompts.json").read_text())
+        assert [np.mean(columns[f"positive_{when}"]) for when in ("before", "after")] == pytest.approx(expected["gold_positive"])
+        assert np.mean(columns["kl"]) == pytest.approx(expected["kl"])

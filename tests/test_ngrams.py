@@ -75,6 +75,27 @@ def dense_logistic_gradient(rows, targets, weight, bias, l2):
     return gradient, of_bias
 
 
+def test_with_ratios_the_fit_is_the_optimum_on_columns_scaled_by_log_count_ratios():
+    texts = ["good film", "a good one", "bad film", "a bad bad one", "good and bad", "nice"]
+    targets, size, l2 = [1.0, 0.9, 0.1, 0.0, 0.4, 1.0], 128, 0.01
+    rows = features(texts, size, (1, 1)).toarray()
+    # Each word's smoothed share of all words of a class, a word counting once a text, by its text's probability.
+    counts = {True: [1.0] * size, False: [1.0] * size}
+    for row, target in zip(rows, targets):
+        for column in row.nonzero()[0]:
+            counts[True][column] += target
+            counts[False][column] += 1 - target
+    share = {k: np.array(c) / sum(c) for k, c in counts.items()}
+    scale = np.abs(np.log(share[True] / share[False]))
+    model = fit_classifier(texts, targets, l2, size, (1, 1), ratios=True)
+    used = [c for c in range(size) if rows[:, c].any() and scale[c] > 1e-9]
+    weight = model.weight[used] / scale[used]
+    gradient, of_bias = dense_logistic_gradient(rows[:, used] * scale[used], targets, weight, model.bias, l2)
+    assert np.abs(gradient).max() < 1e-5 and abs(of_bias) < 1e-5 and np.abs(weight).max() > 1
+    plain = fit_classifier(texts, targets, l2, size, (1, 1))
+    assert np.abs(plain.weight - model.weight).max() > 0.1
+
+
 def test_bradley_terry_fit_is_the_optimum_on_feature_differences():
     chosen = ["good film", "a good one", "bad but good", "good", "nice film"]
     rejected = ["bad film", "a bad one", "bad", "good bad film", "bad film"]

@@ -501,6 +501,28 @@ def test_samples_are_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
     assert path.read_text() == ""
 
 
+# --- the runs a recipe is compared with ----------------------------------------------------------------------------------
+
+
+def test_a_run_may_be_rewarded_by_the_annotator_itself(here):
+    cfg = settings(here.folder, ppo__reward="annotator")
+    trained, watched = stages.ppo(cfg), stages.load_watched(stages.evaluation(cfg))
+    logged = {row["step"]: row["ppo/evaluation_score"] for row in trained.history if "ppo/evaluation_score" in row}
+    for step, columns in watched.items():
+        assert columns["gold"].mean() == pytest.approx(logged[step], abs=1e-4)
+        assert abs(columns["proxy"].mean() - logged[step]) > 1e-3
+    assert stages.find(here.cfg, "ppo") is None  # another stage than the reward model's run
+
+
+def test_without_sft_the_policy_is_the_base_model(here):
+    cfg = settings(here.folder, sft__epochs=0)
+    stage = stages.sft(cfg)
+    assert stage.history == [] and stage.summary["heldout_loss"] == stage.summary["heldout_loss_before"]
+    base = models.load_policy(cfg.models.policy)
+    policy, _ = stages.load_policy(stage, cfg)
+    assert all(torch.equal(a, b) for a, b in zip(base.lm.parameters(), policy.lm.parameters()))
+
+
 # --- comparisons made elsewhere, settings that cannot work ---------------------------------------------------------------
 
 
