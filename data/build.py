@@ -2,6 +2,7 @@
 
     python data/build.py --calibrate            tokens/s of each training first, and the time it will take
     python data/build.py [--only lm bert ...]   make them, or the named ones
+    python data/build.py --rung lm-16m          a base of another size for the ladder, in runs/build/
     python data/build.py --evaluate             every figure of data/README.md, with its protocol
 
 No text of IMDb is written to data/. What is written there: weights trained on IMDb, tokenizers' vocabularies, and
@@ -56,6 +57,11 @@ EOT = "<|endoftext|>"
 WINDOW = 128  # context of tiny-gpt2
 # Attention is "eager" in training: on a CPU, at these lengths, the fused kernel's backward takes half of the step.
 
+LADDER = {
+    "lm-1m": {"width": 128, "layers": 4, "tokenizer": "tiny-gpt2", "tokens": 18_000_000},
+    "lm-16m": {"width": 512, "layers": 4, "tokenizer": "tiny-gpt2", "tokens": 8_000_000},
+    "lm-gpt2-tokens": {"width": 256, "layers": 4, "tokenizer": "openai-community/gpt2", "tokens": 6_000_000},
+}
 LM = {"tokens": 33_000_000, "batch": 32, "lr_matrix": 0.02, "lr_rest": 3e-3, "warmup": 100, "decay": 0.45}
 BERT = {
     "steps": 5_000,
@@ -108,9 +114,9 @@ def build_tokenizers(roles) -> None:
     DistilBertTokenizer(tokenizer_object=piece, model_max_length=256).save_pretrained(MODELS / "tiny-judge")
 
 
-def encode(name: str, texts: list[str]) -> list[np.ndarray]:
-    """Ids of every text without special tokens, as uint16 arrays."""
-    tokenizer = Tokenizer.from_file(str(MODELS / name / "tokenizer.json"))
+def encode(folder: Path, texts: list[str]) -> list[np.ndarray]:
+    """Ids of every text without special tokens, as uint16 arrays, by the tokenizer of ``folder``."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     out = []
     for start in range(0, len(texts), 2000):
         batch = tokenizer.encode_batch(texts[start : start + 2000], add_special_tokens=False)
@@ -132,34 +138,30 @@ def export(model, name: str) -> None:
 # --- language model -----------------------------------------------------------------------------------------------
 
 
-def lm_windows(texts: list[str], rng: np.random.Generator) -> np.ndarray:
+def lm_windows(ids: list[np.ndarray], eot: int, rng: np.random.Generator) -> np.ndarray:
     """One pass over the reviews in a new order: EOT before each review, cut into (N, WINDOW + 1) windows."""
-    ids = LM_IDS.setdefault("ids", encode("tiny-gpt2", texts))
-    zero = np.zeros(1, np.uint16)  # EOT is id 0
-    stream = np.concatenate([part for i in rng.permutation(len(ids)) for part in (zero, ids[i])])
+    mark = np.full(1, eot, np.uint16)
+    stream = np.concatenate([part for i in rng.permutation(len(ids)) for part in (mark, ids[i])])
     n = (len(stream) - 1) // WINDOW
     return np.lib.stride_tricks.sliding_window_view(stream, WINDOW + 1)[: n * WINDOW : WINDOW]
 
 
-LM_IDS: dict[str, list[np.ndarray]] = {}
-
-
-def new_lm() -> GPT2LMHeadModel:
+def new_lm(width: int = 256, layers: int = 4, vocabulary: int = 4096, eot: int = 0) -> GPT2LMHeadModel:
+    """GPT-2's architecture with heads of 64 dimensions."""
     torch.manual_seed(SEED)
     config = GPT2Config(
-        vocab_size=4096, n_positions=WINDOW, n_embd=256, n_layer=4, n_head=4, activation_function="gelu_pytorch_tanh",
-        attn_implementation="eager", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        vocab_size=vocabulary, n_positions=WINDOW, n_embd=width, n_layer=layers, n_head=width // 64,
+        activation_function="gelu_pytorch_tanh", attn_implementation="eager", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=eot, eos_token_id=eot, pad_token_id=eot,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
-def build_lm(roles, calibrate: float = 0.0) -> float:
-    """Train once with a constant rate, then a linear decay. The base is the checkpoint *before* the decay,
-    the twin the one after; the twin is only sampled from. Returns tokens/s."""
-    model, rng = new_lm(), np.random.default_rng(SEED)
-    ids = LM_IDS.setdefault("ids", encode("tiny-gpt2", roles["language_model"][1]))
-    model.transformer.wte.weight.data.copy_(ppmi_vectors(ids, 4096, model.config.n_embd, std=0.04))
+def train_lm(model, ids, tokens: int, decay: float, calibrate: float = 0.0, before_decay=lambda: None) -> float:
+    """Next-token training at a constant rate, then a linear decay over the last share ``decay``. Returns tokens/s."""
+    rng, config = np.random.default_rng(SEED), model.config
+    vectors = ppmi_vectors(ids, config.vocab_size, config.n_embd, std=0.04)
+    model.transformer.wte.weight.data.copy_(vectors)
     for name, parameter in model.named_parameters():
         if name.endswith("c_proj.weight"):  # every block starts as the identity
             torch.nn.init.zeros_(parameter)
@@ -168,20 +170,19 @@ def build_lm(roles, calibrate: float = 0.0) -> float:
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".h." in n)]
     muon = torch.optim.Muon(matrices, lr=LM["lr_matrix"], momentum=0.95, weight_decay=0.01)
     adam = torch.optim.AdamW(rest, lr=LM["lr_rest"], betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    steps = LM["tokens"] // (LM["batch"] * WINDOW)
-    start_decay = int(steps * (1 - LM["decay"]))
-    windows, at, began, losses = lm_windows(roles["language_model"][1], rng), 0, time.time(), []
+    steps = tokens // (LM["batch"] * WINDOW)
+    start_decay = int(steps * (1 - decay))
+    windows, at, began, losses = lm_windows(ids, config.eos_token_id, rng), 0, time.time(), []
     order = rng.permutation(len(windows))
     for step in range(steps):
         if step == start_decay:
-            torch.save(model.state_dict(), WORK / "base.pt")
-            say(f"lm: base kept before the decay at step {step}")
+            before_decay()
         scale = min(1.0, (step + 1) / LM["warmup"], (steps - step) / max(1, steps - start_decay))
         for optimizer, lr in ((muon, LM["lr_matrix"]), (adam, LM["lr_rest"])):
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale
         if at + LM["batch"] > len(order):
-            windows = lm_windows(roles["language_model"][1], rng)
+            windows = lm_windows(ids, config.eos_token_id, rng)
             order, at = rng.permutation(len(windows)), 0
         batch = torch.from_numpy(windows[order[at : at + LM["batch"]]].astype(np.int64))
         at += LM["batch"]
@@ -200,10 +201,33 @@ def build_lm(roles, calibrate: float = 0.0) -> float:
         if step % 100 == 0 or step == steps - 1:
             left = (steps - step) * LM["batch"] * WINDOW / rate / 60
             say(f"lm: step {step}/{steps} loss {np.mean(losses[-100:]):.3f} {rate:.0f} tokens/s, {left:.0f} min left")
-    torch.save(model.state_dict(), WORK / "twin.pt")
-    model.load_state_dict(torch.load(WORK / "base.pt", weights_only=True))
-    export(model, "tiny-gpt2")
     return rate
+
+
+def build_lm(roles, calibrate: float = 0.0) -> float:
+    """The base is the checkpoint *before* the decay, the twin the one after; the twin is only sampled from."""
+    model, ids = new_lm(), encode(MODELS / "tiny-gpt2", roles["language_model"][1])
+    keep = lambda: torch.save(model.state_dict(), WORK / "base.pt")  # noqa: E731
+    rate = train_lm(model, ids, LM["tokens"], LM["decay"], calibrate, keep)
+    if not calibrate:
+        torch.save(model.state_dict(), WORK / "twin.pt")
+        model.load_state_dict(torch.load(WORK / "base.pt", weights_only=True))
+        export(model, "tiny-gpt2")
+    return rate
+
+
+def build_rung(roles, name: str) -> None:
+    """A base of another size for the ladder, in runs/build/NAME: never decayed, like tiny-gpt2, and never shipped."""
+    rung, path = LADDER[name], WORK / name
+    tokenizer = load_tokenizer(rung["tokenizer"])
+    tokenizer.save_pretrained(path)
+    ids, eot = encode(path, roles["language_model"][1]), tokenizer.eos_token_id
+    model = new_lm(rung["width"], rung["layers"], len(tokenizer), eot)
+    say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    train_lm(model, ids, rung["tokens"], decay=0.0)
+    model.save_pretrained(path)
+    bits, nats = bits_per_byte(model.eval(), roles["test"][1][:2000], path)
+    say(f"{name}: {bits:.3f} bits/byte, {nats:.3f} nats/token on the first 2,000 test reviews")
 
 
 # --- encoder pre-training without labels --------------------------------------------------------------------------
@@ -258,7 +282,7 @@ def build_bert(roles, calibrate: float = 0.0) -> float:
     )  # fmt: skip
     model = BertForMaskedLM(config)
     project = torch.nn.Linear(128, 128, bias=False)
-    ids = encode("tiny-bert", roles["language_model"][1])
+    ids = encode(MODELS / "tiny-bert", roles["language_model"][1])
     model.bert.embeddings.word_embeddings.weight.data.copy_(ppmi_vectors(ids, 8192, config.hidden_size))
     say("bert: embeddings started from co-occurrence")
     long = np.asarray([i for i, x in enumerate(ids) if len(x) >= 2 * (cfg["length"] - 2)])
@@ -319,7 +343,7 @@ def build_judge(roles, calibrate: float = 0.0) -> float:
     torch.manual_seed(SEED + 2)
     soft, accuracy = teacher_labels(roles)
     say(f"judge: teacher (linear, words and word pairs) {accuracy:.3f} on test reviews")
-    ids = encode("tiny-judge", roles["judge"][1]) + encode("tiny-judge", roles["language_model"][1])
+    ids = encode(MODELS / "tiny-judge", roles["judge"][1]) + encode(MODELS / "tiny-judge", roles["language_model"][1])
     target = np.concatenate([np.where(roles["judge"][2] == 1, 0.97, 0.03), soft])
     config = DistilBertConfig(
         vocab_size=8192, dim=128, n_layers=4, n_heads=4, hidden_dim=512, max_position_embeddings=256, pad_token_id=0,
@@ -481,14 +505,14 @@ def build_reviews(roles, calibrate: float = 0.0) -> float:
 
 
 @torch.no_grad()
-def bits_per_byte(model, texts: list[str]) -> tuple[float, float]:
+def bits_per_byte(model, texts: list[str], tokenizer: Path = MODELS / "tiny-gpt2") -> tuple[float, float]:
     """(bits per UTF-8 byte, nats per token): each review on its own behind one EOT, windows of 128 tokens that do not
     overlap (each starts from the last token of the one before), every token of the text scored, nothing else."""
     nats = tokens = 0.0
     for start in range(0, len(texts), 200):
         windows = []
-        for ids in encode("tiny-gpt2", texts[start : start + 200]):
-            stream = np.concatenate([[0], ids.astype(np.int64)])
+        for ids in encode(tokenizer, texts[start : start + 200]):
+            stream = np.concatenate([[model.config.eos_token_id], ids.astype(np.int64)])
             windows += [stream[i : i + WINDOW + 1] for i in range(0, len(stream) - 1, WINDOW)]
         for at in range(0, len(windows), 64):
             rows = np.full((len(windows[at : at + 64]), WINDOW + 1), -100)
@@ -552,6 +576,7 @@ BUILDERS = {"lm": build_lm, "bert": build_bert, "judge": build_judge, "evaluator
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=["tokenizers", *BUILDERS], help="make these only")
+    parser.add_argument("--rung", choices=sorted(LADDER), help="a base of another size for the ladder, in runs/build/")
     parser.add_argument("--calibrate", action="store_true", help="measure tokens/s of each training and stop")
     parser.add_argument("--evaluate", action="store_true", help="print the figures of data/README.md and stop")
     parser.add_argument("--threads", type=int, default=2)
@@ -562,6 +587,9 @@ def main() -> int:
     say("roles: " + ", ".join(f"{name} {len(r[0])}" for name, r in roles.items()))
     if args.evaluate:
         evaluate(roles)
+        return 0
+    if args.rung:
+        build_rung(roles, args.rung)
         return 0
     if args.calibrate:
         work = {

@@ -6,6 +6,7 @@ under another name and renamed when complete. Knows files and the order of the s
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import hashlib
@@ -48,8 +49,6 @@ SETTINGS = {
 }  # fmt: skip
 PARENTS = {"sft": (), "preferences": ("sft",), "reward_model": ("preferences",), "ppo": ("reward_model",), "evaluation": ("ppo",),
            "learn": ("evaluation",)}  # fmt: skip
-# Figures, the command line and what is only shown cannot change a result.
-NOT_HASHED = {"plots.py", "widgets.py", "course.py", "runner.py", "exercises.py", "learn.py", "ablations.py"}
 DONE = "stage.json"
 CHECKPOINTS = "checkpoints"
 WATCHED = "watched.jsonl"
@@ -76,16 +75,37 @@ class Stage:
 # --- finding, locking, building -------------------------------------------------------------------------------------
 
 
-@cache
-def _code_hash() -> str:
-    files = sorted(p for p in Path(__file__).parent.glob("*.py") if p.name not in NOT_HASHED)
-    return _digest(*(p.read_bytes() for p in files))
+def code_hash(start: str = "stages", folder: Path = Path(__file__).parent) -> str:
+    """Of a module and all that it imports of the package, at any depth: what is only shown cannot change a result.
+
+    Syntax trees are hashed, so comments and docstrings may be mended without training anew.
+    """
+    trees: dict[str, bytes] = {}
+    wanted = [start]
+    while wanted:
+        name = wanted.pop()
+        path = folder / f"{name}.py"
+        if name in trees or not path.is_file():  # imported from a module: a function, not a module
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == folder.name:
+                wanted += node.module.split(".")[1:2] or [alias.name for alias in node.names]
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                body[0] = ast.Pass()
+        trees[name] = ast.dump(tree).encode()
+    return _digest(*(trees[name] for name in sorted(trees)))
+
+
+_code_hash = cache(code_hash)
 
 
 @cache
 def _data_hash() -> str:
-    files = sorted(p for p in DATA.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".parquet", ".json"))
-    return _digest(*(p.read_bytes() for p in files))
+    """Of the embedded models and reviews: recordings and figures in data/ come out of runs, and go into none."""
+    files = sorted(p for p in (DATA / "models").rglob("*") if p.suffix in (".safetensors", ".json", ".txt"))
+    return _digest(*(p.read_bytes() for p in (*files, DATA / "reviews.parquet")))
 
 
 def _digest(*parts: bytes) -> str:
@@ -108,7 +128,7 @@ def _identity(cfg: Config, name: str) -> dict[str, Any]:
         if files := _files_of(chosen[key]):
             chosen[f"the files of {key}"] = files
     before = {parent: stage_hash(cfg, parent) for parent in PARENTS[name]}
-    code = _code_hash() if name != "learn" else _digest(_code_hash().encode(), (Path(__file__).parent / "learn.py").read_bytes())
+    code = _code_hash("learn") if name == "learn" else _code_hash()
     return {"settings": chosen, "code": code, "data": _data_hash(), "before": before}
 
 

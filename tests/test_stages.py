@@ -51,7 +51,7 @@ def isolate(patch, runs):
     """Runs in a folder of their own, on invented reviews, unmoved by whoever edits the package or data/ meanwhile."""
     patch.setenv("RLHF_NB_RUNS", str(runs))
     patch.setattr(stages, "_data_hash", lambda: "data")
-    patch.setattr(stages, "_code_hash", lambda: "code")
+    patch.setattr(stages, "_code_hash", lambda *_: "code")
     patch.setattr(stages, "MetricsLogger", functools.partial(MetricsLogger, tensorboard=False))
     patch.setattr(data, "_embedded", invented_reviews)
 
@@ -210,7 +210,7 @@ def test_the_seed_the_data_and_the_code_change_every_hash(here, monkeypatch):
     before = hashes()
     assert len({*before}) == 5 and hashes() == before
     seed = hashes(here.cfg.model_copy(update={"seed": 1}))
-    monkeypatch.setattr(stages, "_code_hash", lambda: "other")
+    monkeypatch.setattr(stages, "_code_hash", lambda *_: "other")
     code = hashes()
     monkeypatch.setattr(stages, "_data_hash", lambda: "other")
     assert not any(len({*row}) < 4 for row in zip(before, seed, code, hashes()))
@@ -234,9 +234,9 @@ def test_a_rebuild_says_what_changed(here, monkeypatch, capsys):
     assert lines(settings(here.folder, sft__learning_rate=1e-4, preferences__noise=2.0)) == [
         "preferences: building, because preferences.noise was 1.0 and is 2.0"
     ]
-    monkeypatch.setattr(stages, "_code_hash", lambda: "other")
+    monkeypatch.setattr(stages, "_code_hash", lambda *_: "other")
     assert lines(here.cfg, "sft") == ["sft: building, because sft.learning_rate was 0.0001 and is 0.0005"]
-    monkeypatch.setattr(stages, "_code_hash", lambda: "third")
+    monkeypatch.setattr(stages, "_code_hash", lambda *_: "third")
     assert lines(here.cfg, "sft") == ["sft: building, because the code changed"]
     monkeypatch.setattr(stages, "_data_hash", lambda: "other")
     assert lines(here.cfg, "sft") == ["sft: building, because the data changed"]
@@ -549,3 +549,44 @@ def test_settings_ppo_refuses_are_refused_before_anything_is_trained(base, tmp_p
         with pytest.raises(TrainingError):
             stages.ppo(settings(base, **changes))
     assert not (tmp_path / "runs").exists()
+
+
+def test_code_hash_is_of_what_a_stage_imports_and_of_no_comment(tmp_path):
+    package = tmp_path / "pkg"
+    package.mkdir()
+    files = {
+        "top": "from pkg import middle\nx = 1\n",
+        "middle": "def f():\n    from pkg.low import g\n    return g()\n",
+        "low": "def g():\n    return 1\n",
+        "plots": "y = 1\n",
+    }
+    for name, source in files.items():
+        (package / f"{name}.py").write_text(source)
+    before = stages.code_hash("top", package)
+
+    def after(name: str, source: str) -> str:
+        (package / f"{name}.py").write_text(source)
+        found = stages.code_hash("top", package)
+        (package / f"{name}.py").write_text(files[name])
+        return found
+
+    assert after("low", 'def g():\n    """Why."""\n    return 1  # one\n') != after("low", "def g():\n    return 2\n")
+    assert after("middle", files["middle"] + "# a remark\n") == before
+    assert after("plots", "y = 2\n") == before
+    assert after("low", "def g():\n    return 2\n") != before
+
+
+def test_code_hash_is_of_the_modules_that_python_loads(tmp_path):
+    code = "import sys, rlhf_nb_utils.stages; print(*(m for m in sys.modules if m.startswith('rlhf_nb_utils.')))"
+    loaded = {m.split(".")[1] for m in subprocess.check_output([sys.executable, "-c", code], text=True).split()}
+    package = tmp_path / "rlhf_nb_utils"
+    shutil.copytree(Path(stages.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = stages.code_hash(folder=package)
+    counted = set()
+    for path in package.glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        path.write_text(source + "\nadded = 1\n", encoding="utf-8")
+        if stages.code_hash(folder=package) != before:
+            counted.add(path.stem)
+        path.write_text(source, encoding="utf-8")
+    assert counted == loaded and "kl" in counted and "plots" not in counted
