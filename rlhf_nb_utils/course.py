@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     learn = commands.add_parser("learn", parents=[settings, out], help="measure the recipe over seeds: one table, in runs/")
     learn.add_argument("--seeds", type=int, default=5, help="how many seeds, from --seed on (default 5)")
     learn.add_argument("--jobs", type=int, default=1, help="seeds measured at the same time, sharing the cores (default 1)")
+    learn.add_argument("--record", action="store_true", help="keep the figures in data/recorded/, where notebooks find them")
     ablate = commands.add_parser("ablate", parents=[out], help="record what each choice is worth, in data/recorded/")
+    ablate.add_argument("--ladder", action="store_true", help="other sizes of the policy in place of other choices")
     ablate.add_argument("--only", nargs="+", action="extend", metavar="NAME", help="only these variants (default all)")
     ablate.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
     ablate.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the cores (default 1)")
@@ -140,14 +142,19 @@ def _train(args: argparse.Namespace) -> None:
     if args.command == "stage":
         print(stage(args.name, _config(args)))
     elif args.command == "learn":
+        from . import ablations
         from .learn import learn
 
-        learn(args.profile, range(args.seed, args.seed + args.seeds), parse_overrides(args.set), args.jobs)
+        overrides = parse_overrides(args.set)
+        found = learn(args.profile, range(args.seed, args.seed + args.seeds), overrides, args.jobs)
+        if args.record:
+            ablations.keep_learned(found, load_config(args.profile, args.seed, overrides).data.source)
     else:
         from . import ablations
 
-        ablations.record("cpu", range(args.seeds), args.only or (), args.jobs)
-        print(ablations.markdown(ablations.table(ablations.load())))
+        group = "ladder" if args.ladder else "ablations"
+        ablations.record(group, "cpu", range(args.seeds), args.only or (), args.jobs)
+        print(ablations.markdown(ablations.table(ablations.load(group)), sizes=args.ladder))
 
 
 def main(argv: list[str] | None = None) -> int:

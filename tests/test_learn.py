@@ -33,7 +33,7 @@ def test_the_last_fifth_of_a_line_and_of_noise():
 
 def test_minutes_count_from_the_start_of_the_first_iteration():
     rows = [{"wall_time": 1000.0 + 30 * i, "ppo/seconds": 20.0} for i in range(5)]
-    assert learn._minutes(rows) == pytest.approx(140 / 60)
+    assert learn.minutes(rows) == pytest.approx(140 / 60)
 
 
 def test_pairs_of_a_prompt_are_averaged_without_those_that_tie():
@@ -113,6 +113,7 @@ def record(seed, prompts=60, **changes):
         "distinct_best_of_n": 0.7,
         "distinct_one_of_n": 0.7,
         "ppo_minutes": 2.0,
+        "threads": 4,
         "score_normalised_scatter": 0.1,
         "kl_scatter": 1.0,
     }
@@ -136,6 +137,8 @@ def test_every_row_is_estimated_by_hand():
     points = 100 * (stack["gold_agreement_main"].mean() - stack["gold_agreement_bag"].mean())
     assert rows["… above bag-of-words Bradley–Terry (points)"]["value"] == pytest.approx(points)
     assert rows["last fifth: change of KL (nats)"]["met"] and rows["last fifth: change of KL (nats)"]["bar"] == "± 1"
+    core_minutes = rows["PPO stage (minutes × threads; 6 are three minutes of two cores)"]
+    assert core_minutes["value"] == pytest.approx(8) and core_minutes["met"] is False
     for row in rows.values():
         assert row["low"] <= row["value"] + 1e-9 and row["value"] <= row["high"] + 1e-9
 
