@@ -661,6 +661,39 @@ def plot_before_after(rows: Sequence, columns: int = 3) -> Figure:
     return figure
 
 
+ABLATION_PANELS = {
+    "positive": "annotator-positive",
+    "kl": "KL, nats per response",
+    "distinct": "distinct-3 kept",
+}
+
+
+@_styled
+def plot_variants(rows: Sequence[Mapping], panels: Mapping[str, str] = ABLATION_PANELS, baseline: str = "recipe") -> Figure:
+    """Variants of a recipe, one line each, a panel for every quantity: mean over seeds with its standard error.
+
+    ``rows`` as of ``ablations.table``: "variant", and for each key of ``panels`` its mean and its "…_error". The dashed line
+    and the band are the baseline's, on the first line.
+    """
+    names = [str(row["variant"]) for row in rows]
+    if baseline not in names:
+        raise PlotError(f"no row {baseline!r} among the variants: it is what the others are compared with")
+    rows = sorted(rows, key=lambda row: row["variant"] != baseline)
+    figure, axes = _panels(1, len(panels), (2.3 + 2.0 * len(panels), 0.9 + 0.27 * len(rows)), sharey=True)
+    at = -np.arange(len(rows))
+    for index, (ax, (key, label)) in enumerate(zip(axes, panels.items())):
+        means = _numbers([row[key] for row in rows], label)
+        errors = np.nan_to_num([row[f"{key}_error"] for row in rows])
+        ax.axvspan(means[0] - errors[0], means[0] + errors[0], color=PALE, zorder=0)
+        ax.axvline(means[0], color=INK, linestyle="--", linewidth=1.1, zorder=1)
+        look = _look(index)
+        ax.errorbar(means, at, xerr=errors, linestyle="", color=look["color"], marker=look["marker"], markersize=6)
+        ax.set(xlabel=label, ylim=(0.7 - len(rows), 0.7))
+        ax.set_yticks(at, [str(row["variant"]) for row in rows])
+        ax.margins(x=0.12)
+    return figure
+
+
 @_styled
 def plot_lengths(lengths: Mapping[str, Sequence[int]], limit: int | None = None, ax=None) -> Figure:
     """Histogram of response lengths in tokens, EOS included, one outline for each policy; ``limit`` is response_length."""

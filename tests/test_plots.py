@@ -24,6 +24,18 @@ SUMMARY = [
     Row("distinct-2", "share of 40 2-grams", Interval(0.9, math.nan, math.nan), Interval(0.8, math.nan, math.nan)),
     Row("win rate, gold", "share of prompts", None, Interval(0.8, 0.7, 0.9)),
 ]
+VARIANTS = [
+    {"variant": "β = 1", "positive": 0.6, "positive_error": 0.02, "kl": 1.0, "kl_error": 0.1, "distinct": 1, "distinct_error": 0},
+    {
+        "variant": "recipe",
+        "positive": 0.9,
+        "positive_error": 0.01,
+        "kl": 6.0,
+        "kl_error": 0.3,
+        "distinct": 1,
+        "distinct_error": 0,
+    },
+]
 # Every plot function, drawn once with valid data.
 EXAMPLES = {
     "plot_curves": lambda: plots.plot_curves(METRICS, "kl", "score", smoothing=0.5),
@@ -40,6 +52,7 @@ EXAMPLES = {
     "plot_value": lambda: plots.plot_value(RNG.normal(size=(4, 6)), RNG.normal(size=(4, 6)), np.ones((4, 6), bool)),
     "plot_bias_variance": lambda: plots.plot_bias_variance([0, 0.5, 1], [2, 1, 0], [0.1, 0.2, 0.5]),
     "plot_reward_kl_frontier": lambda: plots.plot_reward_kl_frontier({"PPO": [(0, 0), (1, 2)]}, {"PPO": ["a", "b"]}),
+    "plot_variants": lambda: plots.plot_variants(VARIANTS),
     "plot_win_rate": lambda: plots.plot_win_rate({"gold": WinRate(0.8, 0.7, 0.9, 0.1, 50), "other": (0.6, 0.5, 0.7)}),
     "plot_before_after": lambda: plots.plot_before_after(SUMMARY),
     "plot_lengths": lambda: plots.plot_lengths({"SFT": [3, 4, 5], "PPO": [8, 8, 7]}, limit=8),
@@ -280,6 +293,18 @@ def test_before_and_after_leaves_out_what_has_no_before():
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["gold score", "distinct-2"]
     assert [c.lines[0].get_ydata()[0] for c in figure.axes[0].containers] == [0.1, 1.0]
     assert figure.axes[1].get_ylim()[0] == 0  # no interval: nothing may look large by zooming in
+
+
+def test_variants_stand_in_one_column_a_quantity_the_baseline_first():
+    figure = plots.plot_variants(VARIANTS, {"positive": "share", "kl": "nats"})
+    left, right = figure.axes
+    assert [t.get_text() for t in left.get_yticklabels()] == ["recipe", "β = 1"]
+    lines = [line for line in left.lines if len(line.get_xdata()) == 2 and line.get_linestyle() != "--"]
+    assert any(list(line.get_xdata()) == [0.9, 0.6] and list(line.get_ydata()) == [0, -1] for line in lines)
+    dashed = [line for line in right.lines if line.get_linestyle() == "--"]
+    assert [set(line.get_xdata()) for line in dashed] == [{6.0}] and right.get_xlabel() == "nats"
+    with pytest.raises(PlotError, match="no row 'recipe'"):
+        plots.plot_variants(VARIANTS[:1])
 
 
 def test_length_shares_add_up_to_one():
