@@ -25,16 +25,8 @@ SUMMARY = [
     Row("win rate, gold", "share of prompts", None, Interval(0.8, 0.7, 0.9)),
 ]
 VARIANTS = [
-    {"variant": "β = 1", "positive": 0.6, "positive_error": 0.02, "kl": 1.0, "kl_error": 0.1, "distinct": 1, "distinct_error": 0},
-    {
-        "variant": "recipe",
-        "positive": 0.9,
-        "positive_error": 0.01,
-        "kl": 6.0,
-        "kl_error": 0.3,
-        "distinct": 1,
-        "distinct_error": 0,
-    },
+    {"variant": name, "positive": positive, "positive_error": 0.01, "kl": kl, "kl_error": 0.1, "distinct": 1, "distinct_error": 0}
+    for name, positive, kl in (("β = 1", 0.6, 1.0), ("recipe", 0.9, 6.0))
 ]
 # Every plot function, drawn once with valid data.
 EXAMPLES = {
