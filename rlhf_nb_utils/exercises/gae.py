@@ -1,0 +1,7 @@
+"""Exercises of 07."""
+
+from __future__ import annotations
+
+from rlhf_nb_utils.exercises.base import Exercise
+
+EXERCISES: tuple[Exercise, ...] = ()
