@@ -1,4 +1,4 @@
-"""Exercises of 05: the k3 estimator, and where the score goes."""
+"""Exercises of 05: the k3 estimator, where the score goes, and a price that adapts."""
 
 from __future__ import annotations
 
@@ -70,6 +70,38 @@ def _score_behind_the_end(kl, scores, mask, beta):
     return rewards
 
 
+def adapted(beta, d, n, target, horizon):
+    """β after one update of the adaptive controller, which holds the KL near a target (Ziegler et al. 2019, §2.2).
+
+    beta: β so far. d: mean KL per response, in nats, of the last n responses; n is at most horizon. target: the KL to
+    hold. The error is how far d lies above the target, as a share of the target, and is clipped to ±0.2; over a whole
+    horizon of responses β grows by that share of itself, over n responses by n/horizon of that. All numbers, and so is
+    the new β.
+    """
+    error = min(max(d / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n / horizon)
+
+
+def _not_clipped(beta, d, n, target, horizon):
+    return beta * (1 + (d / target - 1) * n / horizon)
+
+
+def _turned(beta, d, n, target, horizon):
+    return beta * (1 - min(max(d / target - 1, -0.2), 0.2) * n / horizon)
+
+
+def _whole_step(beta, d, n, target, horizon):
+    return adapted(beta, d, horizon, target, horizon)
+
+
+def _error_in_nats(beta, d, n, target, horizon):
+    return beta * (1 + min(max(d - target, -0.2), 0.2) * n / horizon)
+
+
+def _added(beta, d, n, target, horizon):
+    return beta + min(max(d / target - 1, -0.2), 0.2) * n / horizon
+
+
 _LOGPROBS = torch.tensor([[-0.5, -1.2, -3.0], [-0.1, -2.0, -0.7]])
 _REFERENCE = torch.tensor([[-0.9, -1.0, -3.0], [-0.4, -0.5, -2.2]])
 _KL = torch.tensor([[0.4, -0.2, 0.1, 0.3], [0.3, -1.5, 0.7, 0.2], [0.5, 0.1, 0.2, 0.9]])
@@ -103,6 +135,26 @@ EXERCISES = (
             "tokens behind the end are charged for their KL: nobody wrote them": _padding_is_paid,
             "the sign of the KL is turned: leaving the reference is paid for, and the policy will": _kl_is_a_gain,
             "the score stands one behind the last real token: count from 0": _score_behind_the_end,
+        },
+    ),
+    Exercise(
+        title="A price that adapts",
+        difficulty=2,
+        minutes=5,
+        hint="Turn the sentence into two lines: first the clipped relative error, then the factor β is multiplied with.",
+        solution=adapted,
+        cases=[
+            (0.2, 5.4, 100, 6.0, 400.0),  # a little too near
+            (0.3, 6.6, 50, 6.0, 400.0),  # a little too far
+            (0.2, 0.0, 100, 6.0, 400.0),
+            (0.5, 40.0, 64, 8.0, 256.0),
+        ],
+        mistakes={
+            "the error is not clipped: one wild batch of responses can multiply the price": _not_clipped,
+            "the sign is turned: a KL above the target makes leaving cheaper, and the KL will grow": _turned,
+            "n / horizon is missing: each batch, however small, moves β by up to a fifth, and β will swing": _whole_step,
+            "the error is in nats, not a share of the target: 0.2 nats count in full, whatever the target": _error_in_nats,
+            "the step is added, not multiplied: a small β is jolted, and may fall below 0": _added,
         },
     ),
 )
