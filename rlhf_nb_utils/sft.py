@@ -52,7 +52,7 @@ def response_nll(policy: Policy, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def sft_loss(policy: Policy, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean negative log-likelihood per response token, over the whole batch (Ouyang et al. 2022, §3.5)."""
+    """Mean negative log-likelihood per response token, over the whole batch (Touvron et al. 2023, §3.1)."""
     return masked_mean(response_nll(policy, batch), batch["mask"])
 
 

@@ -83,6 +83,13 @@ def test_another_wrong_answer_is_shown_beside_the_right_one(capsys):
     assert capsys.readouterr().out.startswith("k3: for logprobs")
 
 
+def test_positions_are_whole_numbers_and_a_scalar_is_shown_short():
+    solution = EXERCISES["position_ids"].solution
+    said = base.verdict(EXERCISES["position_ids"], lambda mask: solution(mask).float())
+    assert said not in ("", *EXERCISES["position_ids"].mistakes)
+    assert base._value(torch.tensor(1 / 3)) == "0.3333"
+
+
 def test_an_unknown_exercise_names_those_there_are():
     def k4():
         """Nothing."""
