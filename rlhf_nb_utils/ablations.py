@@ -17,7 +17,8 @@ import numpy as np
 from rlhf_nb_utils import checkpoint, stages
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, load_config
-from rlhf_nb_utils.learn import distinct, minutes, spread
+from rlhf_nb_utils.learn import distinct, minutes
+from rlhf_nb_utils.learn_table import spread
 
 RECORDED = DATA / "recorded"
 CURVES = ("score_normalised", "kl", "entropy", "clipfrac", "explained_var", "value_loss", "length", "eos_rate", "kl_coef")

@@ -1,7 +1,7 @@
-"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|ablate|fields|store``.
+"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|record|fields|store``.
 
 Arguments, exit codes and the one line a user gets on wrong input; `runner` runs notebooks, `stages` trains. torch is
-imported by ``stage``, ``learn`` and ``ablate`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a full disk,
+imported by ``stage``, ``learn`` and ``record`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a full disk,
 130 interrupted.
 """
 
@@ -21,6 +21,7 @@ import yaml
 from . import runner
 from .config import PROFILES, Config, CourseError, load_config, runs_dir
 
+RECORDINGS = ("ablations", "ladder", "clinic", "simulator")
 STAGES = ("sft", "preferences", "reward_model", "ppo", "evaluation")
 
 
@@ -109,11 +110,11 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--seeds", type=int, default=5, help="how many seeds, from --seed on (default 5)")
     learn.add_argument("--jobs", type=int, default=1, help="seeds measured at the same time, sharing the cores (default 1)")
     learn.add_argument("--record", action="store_true", help="keep the figures in data/recorded/, where notebooks find them")
-    ablate = commands.add_parser("ablate", parents=[out], help="record what each choice is worth, in data/recorded/")
-    ablate.add_argument("--ladder", action="store_true", help="other sizes of the policy in place of other choices")
-    ablate.add_argument("--only", nargs="+", action="extend", metavar="NAME", help="only these variants (default all)")
-    ablate.add_argument("--seeds", type=int, default=3, help="how many seeds (default 3)")
-    ablate.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the cores (default 1)")
+    record = commands.add_parser("record", parents=[out], help="make the runs that notebooks replay, in data/recorded/")
+    record.add_argument("what", choices=RECORDINGS)
+    record.add_argument("--only", nargs="+", action="extend", metavar="NAME", help="only these of its runs (default all)")
+    record.add_argument("--seeds", type=int, default=3, help="seeds of each ablation and rung (default 3)")
+    record.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the cores (default 1)")
     commands.add_parser("fields", parents=[settings], help="every setting: value, bounds, default, meaning")
     commands.add_parser("store", parents=[only, out], help="run the notebooks on cpu, keep their outputs in notebooks/")
     return parser
@@ -143,18 +144,28 @@ def _train(args: argparse.Namespace) -> None:
         print(stage(args.name, _config(args)))
     elif args.command == "learn":
         from . import ablations
-        from .learn import learn
+        from .learn_table import learn
 
         overrides = parse_overrides(args.set)
         found = learn(args.profile, range(args.seed, args.seed + args.seeds), overrides, args.jobs)
         if args.record:
             ablations.keep_learned(found, load_config(args.profile, args.seed, overrides).data.source)
     else:
-        from . import ablations
+        _record(args)
 
-        group = "ladder" if args.ladder else "ablations"
-        ablations.record(group, "cpu", range(args.seeds), args.only or (), args.jobs)
-        print(ablations.markdown(ablations.table(ablations.load(group)), sizes=args.ladder))
+
+def _record(args: argparse.Namespace) -> None:
+    from . import ablations, mistakes, simulator
+
+    if args.what == "clinic":
+        print(mistakes.record(names=args.only or (), jobs=args.jobs))
+    elif args.what == "simulator" and args.only:
+        raise CourseError("the simulator's runs have no names: record them all, those that are there are kept")
+    elif args.what == "simulator":
+        print(simulator.record(jobs=args.jobs))
+    else:
+        ablations.record(args.what, "cpu", range(args.seeds), args.only or (), args.jobs)
+        print(ablations.markdown(ablations.table(ablations.load(args.what)), sizes=args.what == "ladder"))
 
 
 def main(argv: list[str] | None = None) -> int:

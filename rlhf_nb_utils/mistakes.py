@@ -24,7 +24,7 @@ from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError, load_config
 from rlhf_nb_utils.gae import gae, token_rewards
 from rlhf_nb_utils.kl import k1
-from rlhf_nb_utils.learn import spread
+from rlhf_nb_utils.learn_table import spread
 from rlhf_nb_utils.ppo import ppo_step, scores_of
 from rlhf_nb_utils.rollouts import encode_queries, filter_logits, sample_many
 from rlhf_nb_utils.tensor_ops import whiten

@@ -25,15 +25,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 ORDER = [
     *("config", "hub", "tensor_ops", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
     *("criteria", "preferences", "reward_model", "rollouts", "offload", "memory", "checkpoint", "tracking", "ppo", "evaluation"),
-    *("stages", "learn", "ablations", "runner", "course", "exercises", "plots", "widgets"),
+    *("stages", "learn", "learn_table", "ablations", "mistakes", "clinic", "simulator", "runner", "course", "exercises"),
+    *("plots", "widgets", "labelling", "players"),
 ]
 TORCH_ONLY = {"tensor_ops", "kl", "gae", "exact", "offload"}
 MAY_IMPORT = {
     "transformers": {"models", "tokenizer_bridge", "reward_model", "rollouts"},
-    "matplotlib": {"plots", "widgets"},
-    "ipywidgets": {"plots", "widgets"},
-    "anywidget": {"plots", "widgets"},
-    "IPython": {"plots", "widgets"},
+    "matplotlib": {"plots", "widgets", "players"},
+    "ipywidgets": {"widgets", "labelling", "players"},
+    "anywidget": {"labelling"},
+    "IPython": {"widgets", "labelling", "players"},
     "papermill": {"runner"},
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -223,9 +224,10 @@ def test_a_module_imports_only_what_pyproject_names(module):
     assert {canonicalize_name(distributions.get(name, name)) for name in foreign(module)} <= named
 
 
-def test_nothing_but_widgets_imports_plots_and_nothing_imports_widgets():
-    assert {module for module in MODULES if "plots" in own(module)} <= {"widgets"}
-    assert not {module for module in MODULES if "widgets" in own(module)}
+def test_only_what_notebooks_show_imports_plots_and_widgets():
+    shown = {"widgets", "labelling", "players"}
+    assert {module for module in MODULES if {"plots", "widgets"} & own(module)} <= shown
+    assert not {module for module in MODULES if shown & own(module)} - shown
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,0 +1,98 @@
+"""The player without a browser, and its figure."""
+
+import asyncio
+from itertools import product
+
+import numpy as np
+import pytest
+
+from rlhf_nb_utils import players, simulator, widgets
+from rlhf_nb_utils.simulator import Point, Simulation
+
+TONE, SAFETY = simulator.SCENARIOS
+
+
+def made_up(points) -> dict:
+    """A recording whose numbers tell which run and step they are of: reward = step + β, kl = reward / 2."""
+    runs = []
+    for point in points:
+        reward = [step + point.beta for step in range(1, point.steps + 1)]
+        run = {"sft_loss": [3.5, 3.25], "comparisons": 5000, "accuracy": 0.8, "reward": reward}
+        run |= {"kl": [r / 2 for r in reward], "entropy": [2.0] * point.steps}
+        runs.append(point._asdict() | run | {"text": [f" <b>said</b> after {step}" for step in range(point.steps + 1)]})
+    return {"recipe": {}, "prompt": "This film", "runs": runs}
+
+
+@pytest.fixture
+def recording():
+    return made_up([Point(*point) for point in product((TONE, SAFETY), (0.1, 1.0), (2, 8), (0.0, 1.0))])
+
+
+def test_the_figure_shows_the_run_so_far_before_the_others_of_its_scenario(recording):
+    simulation = Simulation(recording)
+    for _ in range(5):
+        simulation.step()
+    reward, kl = players.draw(simulation).axes
+    *others, chosen = reward.lines
+    assert chosen.get_ydata().tolist() == [1.1, 2.1, 3.1] and kl.lines[-1].get_ydata().tolist() == [0.55, 1.05, 1.55]
+    assert len(others) == 3 and all(len(line.get_ydata()) == 8 for line in others)  # same scenario, as many steps
+    whole, _ = players.draw(simulation, whole=True).axes
+    assert whole.lines[-1].get_xdata().tolist() == list(range(1, 9))
+    assert np.allclose(whole.get_ylim(), reward.get_ylim())  # the axes do not move while a run goes on
+    alone = Simulation(made_up([Point(TONE, 0.1, 2, 0.0)]))
+    assert len(players.draw(alone).axes[0].lines) == 1
+
+
+def test_the_sliders_hold_recorded_values_only(recording):
+    player = players.player(recording)
+    options = {axis: [value for _, value in slider.options] for axis, slider in player.sliders.items() if axis != "scenario"}
+    assert options == {"beta": [0.1, 1.0], "steps": [2, 8], "noise": [0.0, 1.0]}
+    assert player.sliders["scenario"].options == (TONE, SAFETY)
+    assert [player.sliders[axis].value for axis in Point._fields] == list(simulator.DEFAULT)
+    assert (player.speed.min, player.speed.value, player.speed.max) == (1, 5, 10)
+    player.step.click()
+    player.sliders["steps"].value = 2
+    assert player.simulation.point.steps == 2 and player.simulation.state.step == 0  # a new run begins at its beginning
+
+
+def test_the_buttons_move_the_simulation_and_the_page(recording):
+    player = players.player(recording)
+    first, blank = player.panel.value, player.image.value
+    assert blank[:8] == b"\x89PNG\r\n\x1a\n" and "This film" in first and "&lt;b&gt;said" in first
+    for _ in range(4):
+        player.step.click()
+    assert player.simulation.state.step == 2 and player.panel.value != first and player.image.value != blank
+    assert "2/8" in player.panel.value and "+2.10" in player.panel.value and "80.0%" in player.panel.value
+    player.run.click()  # nobody watches: to the end at once
+    assert player.simulation.state.done
+    player.reset.click()
+    assert player.simulation.state.phase == "supervised fine-tuning" and player.panel.value == first
+    assert player._repr_mimebundle_()["text/plain"].endswith("scenario, β, PPO steps, label noise, Run, Step, Reset")
+
+
+def test_a_combination_that_was_not_recorded_is_one_line_and_nothing_moves():
+    player = players.player(made_up([Point(TONE, 0.1, 2, 0.0), Point(TONE, 1.0, 2, 3.0)]))
+    player.sliders["beta"].value = 1.0
+    assert "not recorded" in player.message.value and player.simulation.point.beta == 0.1
+    player.sliders["noise"].value = 3.0
+    assert player.message.value == "" and player.simulation.point == Point(TONE, 1.0, 2, 3.0)
+
+
+def test_a_run_plays_by_itself_until_reset(recording, monkeypatch):
+    monkeypatch.setattr(widgets, "in_browser", lambda: True)
+    monkeypatch.setattr(players, "SECONDS", 0.05)
+    player = players.player(recording)
+
+    async def scene():
+        player.run.click()
+        assert player.simulation.state.step == 0  # the handler returned before anything was played
+        while player.simulation.state.step < 2:
+            await asyncio.sleep(0.01)
+        player.reset.click()
+        await asyncio.sleep(0.1)
+        assert player.simulation.state == Simulation(recording).state and player._task.cancelled()
+        player.run.click()
+        await player._task
+        assert player.simulation.state.done
+
+    asyncio.run(asyncio.wait_for(scene(), 30))
