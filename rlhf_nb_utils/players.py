@@ -1,6 +1,6 @@
-"""Players of recordings: the pipeline simulator with its buttons and sliders.
+"""Players of recordings: the pipeline simulator with its buttons and sliders, and the clinic's desk.
 
-Knows `simulator`'s state machine and the course's widgets and figures. Runs no model.
+Knows the logic of `simulator` and `clinic`, and the course's widgets and figures. Runs no model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ipywidgets
 import numpy as np
 
 from rlhf_nb_utils import plots, simulator, widgets
+from rlhf_nb_utils.clinic import QUESTIONS, Case, Clinic
 from rlhf_nb_utils.config import CourseError
 from rlhf_nb_utils.simulator import Simulation
 
@@ -18,7 +19,7 @@ SECONDS = 2.0  # between two steps of the animation at speed 1
 LOOK = {"style": {"description_width": "11em"}, "layout": {"width": "34em"}}
 
 
-@plots._styled
+@plots.styled
 def draw(simulation: Simulation, whole: bool = False) -> plots.Figure:
     """Reward and KL against the PPO step: the chosen run as far as it has come (to its end if ``whole``); pale behind it
     the scenario's other runs of as many steps."""
@@ -27,12 +28,12 @@ def draw(simulation: Simulation, whole: bool = False) -> plots.Figure:
     at = np.arange(1, point.steps + 1)
     # A fixed layout: to find one takes a third of the time a handler has.
     layout = {"left": 0.1, "right": 0.99, "bottom": 0.18, "top": 0.9, "wspace": 0.25}
-    figure, axes = plots._panels(1, 2, (6.9, 2.9), layout="none", gridspec_kw=layout)
+    figure, axes = plots.new_axes(1, 2, (6.9, 2.9), layout="none", gridspec_kw=layout)
     for index, (ax, name) in enumerate(zip(axes, ("reward", "kl"))):
         for other in alike:
             ax.plot(at, other[name], color=plots.GREY, alpha=0.35, linewidth=1, marker="")
         chosen = np.array(simulation.runs[point][name])
-        ax.plot(at[:shown], chosen[:shown], **plots._look(index))
+        ax.plot(at[:shown], chosen[:shown], **plots.series_look(index))
         ax.update_datalim(np.column_stack([at, chosen]))  # axes that do not move while the run goes on
         ax.autoscale_view()
         ax.set(xlabel="PPO step", ylabel=plots.LABELS[simulator.CURVES[name]], xlim=(0.5, point.steps + 0.5))
@@ -136,3 +137,73 @@ def _cell(value: float | None, form: str) -> str:
 def player(recording: dict) -> Player:
     """The simulator of the pipeline, to be played in a notebook; one line of text where nobody can."""
     return Player(Simulation(recording))
+
+
+# --- the clinic -------------------------------------------------------------------------------------------------------
+
+
+@plots.styled
+def draw_case(case: Case, columns: int = 3) -> plots.Figure:
+    """Every curve asked of a case so far, a panel each: the sick run, and the healthy one pale behind it.
+
+    Nothing is asked here. Where a number of the log was not finite the line has a gap.
+    """
+    curves = [question for question in case.asked if question != "samples"]
+    rows = max(1, -(-len(curves) // columns))
+    figure, axes = plots.new_axes(rows, columns, (2.5 * columns, 2.0 * rows))
+    for index, (ax, question) in enumerate(zip(axes, curves)):
+        answer = case.ask(question)  # asked before: not counted again
+        for run, look in ((answer.healthy, {"color": plots.GREY, "marker": ""}), (answer.sick, plots.series_look(index))):
+            values = np.array([np.nan if value is None else value for value in run], float)
+            ax.plot(np.arange(1, len(values) + 1), values, markevery=max(1, len(values) // 8), **look)
+        ax.set_title(question, fontsize=10)
+        ax.set_xlabel("iteration", fontsize=9)
+    for spare in axes[len(curves) :]:
+        spare.remove()
+    return figure
+
+
+class Desk(widgets.Interactive):
+    """A case of the clinic at a time: ask for a diagnostic, see all that was asked, name the disease."""
+
+    def __init__(self, clinic: Clinic):
+        self.clinic = clinic
+        labels = [case.label for case in clinic.cases]
+        self.case = ipywidgets.Dropdown(options=labels, description="case", **LOOK)
+        self.question = ipywidgets.Dropdown(options=list(QUESTIONS), description="ask for", **LOOK)
+        self.diagnosis = ipywidgets.Dropdown(options=clinic.names, description="diagnosis", **LOOK)
+        self.ask, self.diagnose, self.give_up = (ipywidgets.Button(description=n) for n in ("Ask", "Diagnose", "Give up"))
+        self.said, self.texts, self.image = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.Image(format="png")
+        rows = [(self.question, self.ask), (self.diagnosis, self.diagnose, self.give_up)]
+        super().__init__([self.case, *map(ipywidgets.HBox, rows), self.said, self.image, self.texts])
+        self.names = ["case", "ask for", "diagnosis", "Ask", "Diagnose", "Give up"]
+        self.case.observe(lambda _: self._show(), names="value")
+        self.ask.on_click(lambda _: self._show(str(self.present.ask(self.question.value)).splitlines()[0]))
+        self.diagnose.on_click(lambda _: self._close(lambda: self.present.diagnose(self.diagnosis.value).text))
+        self.give_up.on_click(lambda _: self._close(lambda: self.present.give_up().text))
+        self._show()
+
+    @property
+    def present(self) -> Case:
+        return self.clinic[self.case.value]
+
+    def _close(self, action) -> None:
+        try:
+            self._show(action())
+        except CourseError as error:
+            self._show(str(error))
+
+    def _show(self, said: str = "") -> None:
+        case = self.present
+        state = f"case {case.label}: {len(case.asked)} asked, {case.points} points" + (", closed" if case.closed else "")
+        lines = [f"<b>{widgets.safe_html(state)}; all cases {self.clinic.points}</b>", widgets.safe_html(said)]
+        self.said.value = f'<div style="{widgets.BOX};padding:4px 10px">{"<br>".join(lines)}</div>'
+        self.texts.value = widgets.safe_html(str(case.ask("samples"))) if "samples" in case.asked else ""
+        drawn = any(question != "samples" for question in case.asked)
+        self.image.layout.display = "" if drawn else "none"
+        self.image.value = widgets.png(draw_case(case)) if drawn else b""
+
+
+def desk(recording: dict, seed: int = 0) -> Desk:
+    """The clinic, to be played in a notebook; one line of text where nobody can."""
+    return Desk(Clinic(recording, seed))

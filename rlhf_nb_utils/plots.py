@@ -80,7 +80,9 @@ def use_style() -> None:
     plt.style.use(STYLE)
 
 
-def _styled(function):
+def styled(function):
+    """A function that draws a figure, in the course's style."""
+
     @functools.wraps(function)
     def wrapper(*args, **kwargs) -> Figure:
         with plt.style.context(STYLE):
@@ -92,7 +94,7 @@ def _styled(function):
     return wrapper
 
 
-def _panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4), **kwargs):
+def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4), **kwargs):
     """A figure outside pyplot's list, and its axes, flat."""
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
     plt.close(figure)
@@ -102,7 +104,7 @@ def _panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3
 def _canvas(ax, size: tuple[float, float] = (6.4, 3.4)):
     if ax is not None:
         return ax
-    return _panels(size=size)[1][0]
+    return new_axes(size=size)[1][0]
 
 
 def _numbers(values, what: str, ndim: int | None = 1) -> np.ndarray:
@@ -133,7 +135,7 @@ def _every(count: int) -> int:
     return max(1, count // 10)
 
 
-def _look(index: int) -> dict:
+def series_look(index: int) -> dict:
     """Colour and marker number ``index`` of the style's cycle."""
     looks = matplotlib.rcParams["axes.prop_cycle"].by_key()
     return {key: looks[key][index % len(looks[key])] for key in ("color", "marker")}
@@ -165,7 +167,7 @@ def _curve(ax, metrics: Sequence[Mapping], key: str, x: str, smoothing: float, l
     ax.plot(at, values, **look, label=label, markevery=_every(len(at)))
 
 
-@_styled
+@styled
 def plot_curves(metrics: Sequence[Mapping], *keys: str, x: str = "step", smoothing: float = 0.0, ax=None) -> Figure:
     """Logged ``keys`` against ``metrics[i][x]`` (the row's number if it has no ``x``), a panel for each key.
 
@@ -180,11 +182,11 @@ def plot_curves(metrics: Sequence[Mapping], *keys: str, x: str = "step", smoothi
         columns = min(len(keys), 3 if len(keys) not in (2, 4) else 2)
         rows = math.ceil(len(keys) / columns)
         size = (6.4, 3.4) if len(keys) == 1 else (3.2 * columns, 2.5 * rows)
-        axes = _panels(rows, columns, size)[1]
+        axes = new_axes(rows, columns, size)[1]
         for spare in axes[len(keys) :]:
             spare.remove()
     for index, (panel, key) in enumerate(zip(axes, keys)):
-        look = _look(index)
+        look = series_look(index)
         _curve(panel, metrics, key, x, smoothing, look, key if ax is not None else None)
         panel.set_xlabel(_label(x))
         if ax is None:
@@ -195,7 +197,7 @@ def plot_curves(metrics: Sequence[Mapping], *keys: str, x: str = "step", smoothi
     return axes[0].figure
 
 
-@_styled
+@styled
 def plot_loss(
     metrics: Sequence[Mapping], keys: Sequence[str] = ("loss", "heldout_loss"), x: str = "step",
     ylabel: str = "loss, nats per response token", smoothing: float = 0.9, ax=None,
@@ -207,7 +209,7 @@ def plot_loss(
         # A curve of a few points (one per epoch) is shown as it is.
         few = sum(row.get(key) is not None for row in metrics) < 30
         label = {"loss": "training", "heldout_loss": "held out"}.get(key.rpartition("/")[2], key)
-        _curve(ax, metrics, key, x, 0.0 if few else smoothing, _look(index), label)
+        _curve(ax, metrics, key, x, 0.0 if few else smoothing, series_look(index), label)
     ax.set(xlabel=_label(x), ylabel=ylabel)
     ax.legend()
     return ax.figure
@@ -252,7 +254,7 @@ def _lines_of(tokens: Sequence[str], width: int) -> list[tuple[int, float, float
     return places
 
 
-@_styled
+@styled
 def plot_token_kl(
     tokens: Sequence[str], kl, label: str = "k1, nats per token", limit: float | None = None, width: int = 66
 ) -> Figure:
@@ -267,7 +269,7 @@ def plot_token_kl(
     numbers = [f"{value:+.2f}" for value in kl]
     places = _lines_of([max(pair, key=len) for pair in zip(shown, numbers)], width)
     lines, used = places[-1][0] + 1, max(x + wide for _, x, wide in places)
-    figure, (ax,) = _panels(size=(max(3.6, 0.104 * used), 0.95 + 0.46 * lines))
+    figure, (ax,) = new_axes(size=(max(3.6, 0.104 * used), 0.95 + 0.46 * lines))
     limit = limit or max(float(np.abs(kl).max()), 1e-9)
     norm, cmap = matplotlib.colors.Normalize(-limit, limit), matplotlib.colormaps["RdBu_r"]
     for token, number, value, (line, x, wide) in zip(shown, numbers, kl, places):
@@ -284,7 +286,7 @@ def plot_token_kl(
     return figure
 
 
-@_styled
+@styled
 def plot_next_tokens(tokens: Sequence[str], probabilities: Mapping[str, Sequence[float]], ax=None) -> Figure:
     """The policy as a distribution over actions: probability of each of ``tokens`` (K,), likeliest on top.
 
@@ -298,7 +300,7 @@ def plot_next_tokens(tokens: Sequence[str], probabilities: Mapping[str, Sequence
     ax = _canvas(ax, (6.4, 0.9 + (0.15 + 0.1 * len(series)) * len(tokens)))
     rows, thick = np.arange(len(tokens)), 0.8 / len(series)
     for index, (name, p) in enumerate(series.items()):
-        look, at = _look(index), rows - 0.4 + thick * (index + 0.5)
+        look, at = series_look(index), rows - 0.4 + thick * (index + 0.5)
         ax.barh(at, p, height=thick, color=look["color"], alpha=0.4)
         ax.plot(p, at, **look, linestyle="", label=name)
     ax.set_yticks(rows, [visible(token) for token in tokens])
@@ -311,7 +313,7 @@ def plot_next_tokens(tokens: Sequence[str], probabilities: Mapping[str, Sequence
     return ax.figure
 
 
-@_styled
+@styled
 def plot_token_alignment(
     policy_tokens: Sequence[str], rm_tokens: Sequence[str], links: Sequence[Sequence[int]], max_characters: int = 90
 ) -> Figure:
@@ -328,7 +330,7 @@ def plot_token_alignment(
     if widest > max_characters:
         raise PlotError(f"{widest:.0f} characters of tokens are too many for one line: show a shorter response")
     group = _link_groups(links, len(rm_tokens))
-    figure, (ax,) = _panels(size=(max(4.0, 0.101 * widest + 1.2), 1.9))
+    figure, (ax,) = new_axes(size=(max(4.0, 0.101 * widest + 1.2), 1.9))
     centres = []
     for side, (row, y) in enumerate(zip(rows, (2.6, 0.0))):
         at = (widest - sum(len(token) + 1.0 for token in row)) / 2
@@ -340,7 +342,7 @@ def plot_token_alignment(
             at += len(token) + 1.0
     for index, targets in enumerate(links):
         for target in targets:
-            colour = _look(group[0][index])["color"]
+            colour = series_look(group[0][index])["color"]
             ax.plot([centres[0][index], centres[1][target]], [2.6, 1.0], color=colour, marker="", linewidth=1.5)
     ax.text(-0.8, 3.05, "policy", ha="right", va="center")
     ax.text(-0.8, 0.45, "reward\nmodel", ha="right", va="center")
@@ -350,7 +352,7 @@ def plot_token_alignment(
 
 
 def _tint(index: int):
-    return tuple(0.55 + 0.45 * c for c in matplotlib.colors.to_rgb(_look(index)["color"]))
+    return tuple(0.55 + 0.45 * c for c in matplotlib.colors.to_rgb(series_look(index)["color"]))
 
 
 def _link_groups(links: Sequence[Sequence[int]], rm_count: int) -> tuple[list, list]:
@@ -372,7 +374,7 @@ def _link_groups(links: Sequence[Sequence[int]], rm_count: int) -> tuple[list, l
 # ------------------------------------------------------------------------------------------------ reward model
 
 
-@_styled
+@styled
 def plot_label_noise(gaps, outcomes, noise: float, bins: int = 10, ax=None) -> Figure:
     """How often the annotator preferred response a, against a's lead in gold score; the line is the law behind it.
 
@@ -388,13 +390,13 @@ def plot_label_noise(gaps, outcomes, noise: float, bins: int = 10, ax=None) -> F
     groups = np.array_split(np.argsort(gaps, kind="stable"), min(bins, len(gaps)))
     x, y = (np.array([v[g].mean() for g in groups]) for v in (gaps, outcomes))
     low, high = _wilson(y, np.array([len(g) for g in groups]))
-    ax.errorbar(x, y, [y - low, high - y], **_look(0), linestyle="", label=f"labels, {len(groups[0])} pairs a point, 95 %")
+    ax.errorbar(x, y, [y - low, high - y], **series_look(0), linestyle="", label=f"labels, {len(groups[0])} pairs a point, 95 %")
     ax.set(xlabel="gold score of a − b", ylabel="share in which a was preferred", ylim=(-0.03, 1.03))
     ax.legend(loc="lower right")
     return ax.figure
 
 
-@_styled
+@styled
 def plot_calibration(predicted, outcomes, bins: int = 10, ax=None) -> Figure:
     """How often the response given probability p was the one preferred. predicted (N,) in [0, 1]; outcomes (N,) 0 or 1.
 
@@ -414,7 +416,7 @@ def plot_calibration(predicted, outcomes, bins: int = 10, ax=None) -> Figure:
     counts = np.array([(which == b).sum() for b in full])
     x, y = (np.array([v[which == b].mean() for b in full]) for v in (predicted, outcomes))
     low, high = _wilson(y, counts)
-    ax.errorbar(x, y, [y - low, high - y], **_look(0), linestyle="", label="held-out pairs, 95 %")
+    ax.errorbar(x, y, [y - low, high - y], **series_look(0), linestyle="", label="held-out pairs, 95 %")
     for at, top, count in zip(x, high, counts):
         ax.annotate(str(count), (at, top), (0, 4), textcoords="offset points", ha="center", fontsize=8.5, color="#555555",
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
@@ -429,7 +431,7 @@ def _wilson(share: np.ndarray, count: np.ndarray, z: float = 1.959964) -> tuple[
     return np.minimum(centre - half, share), np.maximum(centre + half, share)
 
 
-@_styled
+@styled
 def plot_score_histograms(chosen, rejected, bins: int = 30) -> Figure:
     """Scores (N,) of chosen and rejected responses (left), and their difference pair by pair (right).
 
@@ -437,15 +439,15 @@ def plot_score_histograms(chosen, rejected, bins: int = 30) -> Figure:
     """
     chosen, rejected = _numbers(chosen, "chosen scores"), _numbers(rejected, "rejected scores")
     _same_length("chosen and rejected scores", chosen, rejected)
-    figure, (left, right) = _panels(1, 2, (6.9, 3.0))
+    figure, (left, right) = new_axes(1, 2, (6.9, 3.0))
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins)
     for index, (name, scores, line) in enumerate((("chosen", chosen, "-"), ("rejected", rejected, "--"))):
-        colour = _look(index)["color"]
+        colour = series_look(index)["color"]
         left.hist(scores, edges, histtype="stepfilled", color=colour, alpha=0.18)
         left.hist(scores, edges, histtype="step", color=colour, linewidth=1.9, linestyle=line, label=name)
     margin = chosen - rejected
     accuracy = ((margin > 0) + 0.5 * (margin == 0)).mean()
-    right.hist(margin, bins, histtype="stepfilled", color=_look(2)["color"], alpha=0.55)
+    right.hist(margin, bins, histtype="stepfilled", color=series_look(2)["color"], alpha=0.55)
     right.axvline(0, color=INK, linestyle="--", linewidth=1.2)
     right.set_title(f"{accuracy:.1%} above 0")
     left.set(xlabel="score", ylabel="responses")
@@ -458,7 +460,7 @@ def plot_score_histograms(chosen, rejected, bins: int = 30) -> Figure:
 # ------------------------------------------------------------------------------------------------ KL, GAE, PPO
 
 
-@_styled
+@styled
 def plot_estimators(estimates: Mapping[str, Sequence[float]], exact: float, bins: int = 60) -> Figure:
     """Distribution of each estimator (k1, k2, k3: name -> samples (N,)), its mean ± standard error, and the exact KL.
 
@@ -466,13 +468,13 @@ def plot_estimators(estimates: Mapping[str, Sequence[float]], exact: float, bins
     """
     estimates = _named(estimates, "estimates")
     (exact,) = _numbers([exact], "exact KL")
-    figure, axes = _panels(len(estimates), 1, (6.4, 0.75 + 1.15 * len(estimates)), sharex=True)
+    figure, axes = new_axes(len(estimates), 1, (6.4, 0.75 + 1.15 * len(estimates)), sharex=True)
     low, high = np.quantile(np.concatenate(list(estimates.values())), [0.005, 0.995])
     low, high = min(low, exact), max(high, exact)
     width = (high - low or 1.0) / bins
     edges = width * np.arange(math.floor(low / width), math.ceil(high / width) + 1)  # 0 is an edge: k2 and k3 stop there
     for index, (ax, (name, values)) in enumerate(zip(axes, estimates.items())):
-        look = _look(index)
+        look = series_look(index)
         ax.hist(values, edges, histtype="stepfilled", color=look["color"], alpha=0.45)
         ax.axvline(exact, color=INK, linestyle="--", linewidth=1.4)
         error = values.std(ddof=min(1, len(values) - 1)) / math.sqrt(len(values))
@@ -485,7 +487,7 @@ def plot_estimators(estimates: Mapping[str, Sequence[float]], exact: float, bins
     return figure
 
 
-@_styled
+@styled
 def plot_gae(advantages: Mapping[float, Sequence[float]], rewards=None, ax=None) -> Figure:
     """Advantages (T,) of one trajectory for several λ: ``{λ: advantages}``; ``rewards`` (T,) as grey bars if given."""
     series = _named(advantages, "advantages of λ =")
@@ -497,7 +499,7 @@ def plot_gae(advantages: Mapping[float, Sequence[float]], rewards=None, ax=None)
         _same_length("rewards and advantages", rewards, at)
         ax.bar(at, rewards, color="#bbbbbb", width=0.6, label="reward", zorder=1)
     for index, (lam, values) in enumerate(series.items()):
-        ax.plot(at, values, **_look(index), label=f"λ = {lam}", markevery=max(1, len(at) // 20))
+        ax.plot(at, values, **series_look(index), label=f"λ = {lam}", markevery=max(1, len(at) // 20))
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set(xlabel="response token", ylabel="advantage, reward units")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -505,7 +507,7 @@ def plot_gae(advantages: Mapping[float, Sequence[float]], rewards=None, ax=None)
     return ax.figure
 
 
-@_styled
+@styled
 def plot_clip(cliprange: float = 0.2, cliprange_high: float | None = None) -> Figure:
     """The clipped surrogate against the ratio, for A = +1 and A = −1: four cases, two of them without a gradient.
 
@@ -516,11 +518,11 @@ def plot_clip(cliprange: float = 0.2, cliprange_high: float | None = None) -> Fi
         raise PlotError(f"cliprange must be above 0, not {cliprange} and {high}")
     lower, upper = 1 - cliprange, 1 + high
     ratio = np.linspace(max(0.0, min(0.4, lower - 0.3)), max(1.6, upper + 0.3), 401)
-    figure, axes = _panels(1, 2, (6.9, 3.1))
+    figure, axes = new_axes(1, 2, (6.9, 3.1))
     for ax, sign in zip(axes, (1, -1)):
         plain, clipped = sign * ratio, sign * ratio.clip(lower, upper)
         ax.plot(ratio, plain, color=GREY, linestyle="--", marker="", label="unclipped, ratio · A", linewidth=1.5)
-        ax.plot(ratio, np.minimum(plain, clipped), color=_look(0 if sign > 0 else 1)["color"], marker="", linewidth=2.6,
+        ax.plot(ratio, np.minimum(plain, clipped), color=series_look(0 if sign > 0 else 1)["color"], marker="", linewidth=2.6,
                 label="clipped surrogate")  # fmt: skip
         flat = (upper, ratio[-1]) if sign > 0 else (ratio[0], lower)
         ax.axvspan(*flat, color="#eeeeee", zorder=0)
@@ -539,7 +541,7 @@ def plot_clip(cliprange: float = 0.2, cliprange_high: float | None = None) -> Fi
     return figure
 
 
-@_styled
+@styled
 def plot_value(values, returns, mask=None) -> Figure:
     """The critic against what it predicts: along the response (left, mean over responses) and token by token (right).
 
@@ -550,16 +552,16 @@ def plot_value(values, returns, mask=None) -> Figure:
     mask = np.ones(values.shape, bool) if mask is None else np.atleast_2d(_numbers(mask, "mask", None)).astype(bool)
     if not values.shape == returns.shape == mask.shape or not mask.any():
         raise PlotError(f"values {values.shape}, returns {returns.shape}, mask {mask.shape}: one shape, one real token")
-    figure, (left, right) = _panels(1, 2, (6.9, 3.1))
+    figure, (left, right) = new_axes(1, 2, (6.9, 3.1))
     columns = np.flatnonzero(mask.any(0))
     for index, (name, x) in enumerate((("returns", returns), ("values", values))):
         mean = np.array([x[mask[:, t], t].mean() for t in columns])
-        left.plot(columns + 1, mean, **_look(index), label=name, markevery=_every(len(columns)))
+        left.plot(columns + 1, mean, **series_look(index), label=name, markevery=_every(len(columns)))
     left.set(xlabel="response token", ylabel="mean, reward units")
     left.legend()
     v, r = values[mask], returns[mask]
     some = np.random.default_rng(0).permutation(len(v))[:2000]
-    right.plot(v[some], r[some], color=_look(0)["color"], marker=".", linestyle="", markersize=4, alpha=0.4)
+    right.plot(v[some], r[some], color=series_look(0)["color"], marker=".", linestyle="", markersize=4, alpha=0.4)
     ends = [min(v.min(), r.min()), max(v.max(), r.max())]
     right.plot(ends, ends, color=INK, linestyle="--", marker="", linewidth=1.2)
     right.set(xlabel="value", ylabel="return")
@@ -568,14 +570,14 @@ def plot_value(values, returns, mask=None) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_bias_variance(x, bias, variance, xlabel: str = "λ of GAE", ax=None) -> Figure:
     """Squared bias, variance and their sum, the mean squared error, of an estimator along ``x``; all (N,)."""
     x, bias, variance = _numbers(x, "x"), _numbers(bias, "bias"), _numbers(variance, "variance")
     _same_length("x, bias and variance", x, bias, variance)
     ax = _canvas(ax)
     for index, (name, y) in enumerate((("bias²", bias**2), ("variance", variance), ("error = bias² + variance", None))):
-        ax.plot(x, bias**2 + variance if y is None else y, **_look(index), label=name, markevery=_every(len(x)))
+        ax.plot(x, bias**2 + variance if y is None else y, **series_look(index), label=name, markevery=_every(len(x)))
     ax.set(xlabel=xlabel, ylabel="squared error of the estimate", ylim=(0, None))
     ax.legend()
     return ax.figure
@@ -584,7 +586,7 @@ def plot_bias_variance(x, bias, variance, xlabel: str = "λ of GAE", ax=None) ->
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-@_styled
+@styled
 def plot_reward_kl_frontier(
     series: Mapping[str, Sequence[Sequence[float]]], notes: Mapping[str, Sequence[str]] | None = None,
     ylabel: str = "score", ax=None,
@@ -599,16 +601,16 @@ def plot_reward_kl_frontier(
         if points.shape[1] not in (2, 4):
             raise PlotError(f"frontier {name!r}: rows must be (kl, score) or (kl, score, low, high)")
         error = None if points.shape[1] == 2 else np.stack([points[:, 1] - points[:, 2], points[:, 3] - points[:, 1]])
-        ax.errorbar(points[:, 0], points[:, 1], error, **_look(index), label=name)
+        ax.errorbar(points[:, 0], points[:, 1], error, **series_look(index), label=name)
         texts = (notes or {}).get(name, ())
         for text, (kl, score) in zip(texts, points[:, :2]):
-            ax.annotate(text, (kl, score), (5, -12), textcoords="offset points", fontsize=9, color=_look(index)["color"])
+            ax.annotate(text, (kl, score), (5, -12), textcoords="offset points", fontsize=9, color=series_look(index)["color"])
     ax.set(xlabel="KL(policy ‖ reference), nats per response", ylabel=ylabel)
     ax.legend()
     return ax.figure
 
 
-@_styled
+@styled
 def plot_win_rate(rates: Mapping[str, object], baseline: str = "the SFT policy", ax=None) -> Figure:
     """Win rates with their 95 % intervals. ``rates``: name -> (rate, low, high), or an ``evaluation.WinRate``."""
     if not rates:
@@ -617,7 +619,7 @@ def plot_win_rate(rates: Mapping[str, object], baseline: str = "the SFT policy",
     for index, (name, rate) in enumerate(rates.items()):
         point = (rate.rate, rate.low, rate.high) if hasattr(rate, "rate") else rate
         mean, low, high = _numbers(point, f"win rate {name!r}")
-        ax.errorbar([mean], [-index], xerr=[[mean - low], [high - mean]], **_look(index), markersize=8)
+        ax.errorbar([mean], [-index], xerr=[[mean - low], [high - mean]], **series_look(index), markersize=8)
         ties = f"  ({rate.ties:.0%} ties)" if getattr(rate, "ties", 0) else ""
         ax.annotate(f"{mean:.1%}{ties}", (1.01, -index), xycoords=("axes fraction", "data"), va="center", fontsize=10)
     ax.axvline(0.5, color=INK, linestyle="--", linewidth=1.2)
@@ -628,7 +630,7 @@ def plot_win_rate(rates: Mapping[str, object], baseline: str = "the SFT policy",
     return ax.figure
 
 
-@_styled
+@styled
 def plot_before_after(rows: Sequence, columns: int = 3) -> Figure:
     """A panel for each quantity that has a before and an after (``evaluation.summary``), means with 95 % intervals.
 
@@ -640,7 +642,7 @@ def plot_before_after(rows: Sequence, columns: int = 3) -> Figure:
         raise PlotError("no before-and-after rows to draw: pass evaluation.summary(before, after)")
     columns = min(columns, len(rows))
     lines = math.ceil(len(rows) / columns)
-    figure, axes = _panels(lines, columns, (2.3 * columns, 2.1 * lines))
+    figure, axes = new_axes(lines, columns, (2.3 * columns, 2.1 * lines))
     for spare in axes[len(rows) :]:
         spare.remove()
     for ax, row in zip(axes, rows):
@@ -649,7 +651,7 @@ def plot_before_after(rows: Sequence, columns: int = 3) -> Figure:
         for at, interval, face in ((0, row.before, "white"), (1, row.after, None)):
             mean, low, high = (float(v) for v in interval)
             error = None if math.isnan(low) else [[mean - low], [high - mean]]
-            look = _look(at)
+            look = series_look(at)
             ax.errorbar([at], [mean], error, **look, markersize=8, markerfacecolor=face or look["color"])
         ax.set(xlim=(-0.5, 1.5), ylabel=textwrap.fill(row.unit, 18))
         ax.set_title(row.quantity, fontsize=10)
@@ -668,7 +670,7 @@ ABLATION_PANELS = {
 }
 
 
-@_styled
+@styled
 def plot_variants(rows: Sequence[Mapping], panels: Mapping[str, str] = ABLATION_PANELS, baseline: str = "recipe") -> Figure:
     """Variants of a recipe, one line each, a panel for every quantity: mean over seeds with its standard error.
 
@@ -679,14 +681,14 @@ def plot_variants(rows: Sequence[Mapping], panels: Mapping[str, str] = ABLATION_
     if baseline not in names:
         raise PlotError(f"no row {baseline!r} among the variants: it is what the others are compared with")
     rows = sorted(rows, key=lambda row: row["variant"] != baseline)
-    figure, axes = _panels(1, len(panels), (2.3 + 2.0 * len(panels), 0.9 + 0.27 * len(rows)), sharey=True)
+    figure, axes = new_axes(1, len(panels), (2.3 + 2.0 * len(panels), 0.9 + 0.27 * len(rows)), sharey=True)
     at = -np.arange(len(rows))
     for index, (ax, (key, label)) in enumerate(zip(axes, panels.items())):
         means = _numbers([row[key] for row in rows], label)
         errors = np.nan_to_num([row[f"{key}_error"] for row in rows])
         ax.axvspan(means[0] - errors[0], means[0] + errors[0], color=PALE, zorder=0)
         ax.axvline(means[0], color=INK, linestyle="--", linewidth=1.1, zorder=1)
-        look = _look(index)
+        look = series_look(index)
         ax.errorbar(means, at, xerr=errors, linestyle="", color=look["color"], marker=look["marker"], markersize=6)
         ax.set(xlabel=label, ylim=(0.7 - len(rows), 0.7))
         ax.set_yticks(at, [str(row["variant"]) for row in rows])
@@ -694,7 +696,7 @@ def plot_variants(rows: Sequence[Mapping], panels: Mapping[str, str] = ABLATION_
     return figure
 
 
-@_styled
+@styled
 def plot_lengths(lengths: Mapping[str, Sequence[int]], limit: int | None = None, ax=None) -> Figure:
     """Histogram of response lengths in tokens, EOS included, one outline for each policy; ``limit`` is response_length."""
     lengths = _named(lengths, "lengths")
@@ -705,7 +707,7 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], limit: int | None = None,
     for index, (name, values) in enumerate(lengths.items()):
         style = ("-", "--", "-.", ":")[index % 4]
         ax.hist(values, edges, weights=np.full(len(values), 1 / len(values)), histtype="step", linewidth=1.9,
-                color=_look(index)["color"], linestyle=style, label=f"{name}, mean {values.mean():.1f}")  # fmt: skip
+                color=series_look(index)["color"], linestyle=style, label=f"{name}, mean {values.mean():.1f}")  # fmt: skip
     if limit is not None:
         ax.axvline(limit + 0.5, color=INK, linestyle=":", linewidth=1.4)
         ax.annotate("response_length", (limit + 0.5, 1), (-4, -2), xycoords=("data", "axes fraction"),
@@ -717,7 +719,7 @@ def plot_lengths(lengths: Mapping[str, Sequence[int]], limit: int | None = None,
     return ax.figure
 
 
-@_styled
+@styled
 def plot_throughput(rates: Mapping[str, float], ax=None) -> Figure:
     """Sampled tokens per second of several ways to sample, as bars with their numbers and their gain over the first."""
     if not rates:
@@ -727,7 +729,7 @@ def plot_throughput(rates: Mapping[str, float], ax=None) -> Figure:
         raise PlotError("tokens per second must be above 0")
     ax = _canvas(ax, (6.4, 0.9 + 0.42 * len(rates)))
     rows = np.arange(len(rates))
-    ax.barh(rows, speeds, height=0.6, color=[_look(i)["color"] for i in rows], alpha=0.55)
+    ax.barh(rows, speeds, height=0.6, color=[series_look(i)["color"] for i in rows], alpha=0.55)
     for row, speed in zip(rows, speeds):
         gain = f"  ×{speed / speeds[0]:.1f}" if row else ""
         ax.annotate(f"{speed:,.0f}{gain}", (speed, row), (5, 0), textcoords="offset points", va="center", fontsize=10)
@@ -737,12 +739,12 @@ def plot_throughput(rates: Mapping[str, float], ax=None) -> Figure:
     return ax.figure
 
 
-@_styled
+@styled
 def plot_pipeline(step: str = "") -> Figure:
     """The course as a strip of boxes, with ``step`` lit (one of ``STEPS``; "" lights none)."""
     if step and step not in STEPS:
         raise PlotError(f"no step {step!r} in the course: {', '.join(STEPS)}")
-    figure, (ax,) = _panels(size=(9.6, 0.95))
+    figure, (ax,) = new_axes(size=(9.6, 0.95))
     ax.grid(False)
     for index, name in enumerate(STEPS):
         lit = name == step

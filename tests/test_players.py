@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from rlhf_nb_utils import players, simulator, widgets
+from rlhf_nb_utils.clinic import Clinic
+from rlhf_nb_utils.mistakes import DIAGNOSTICS, HEALTHY
 from rlhf_nb_utils.simulator import Point, Simulation
 
 TONE, SAFETY = simulator.SCENARIOS
@@ -96,3 +98,47 @@ def test_a_run_plays_by_itself_until_reset(recording, monkeypatch):
         assert player.simulation.state.done
 
     asyncio.run(asyncio.wait_for(scene(), 30))
+
+
+# --- the clinic's desk --------------------------------------------------------------------------------------------------
+
+
+def ward():
+    """A recording of two sick runs and a healthy one; one log number of the first was not finite."""
+    runs = {}
+    for level, name in enumerate((HEALTHY, "no KL penalty", "KL sign inverted")):
+        curves = {key: [float(level), level + 1.0, None if level == 1 else level + 2.0] for key in DIAGNOSTICS}
+        samples = [["It was", f" <i>{level}</i>."]]
+        runs[name] = {"settings": {}, "curves": curves, "watched": None, "samples": samples, "stopped": None}
+    return {"recipe": {}, "runs": runs}
+
+
+def test_the_desk_shows_what_was_asked_and_closes_a_case():
+    desk = players.desk(ward())
+    assert desk.present.label == "A" and desk.image.value == b"" and "0 asked, 10 points" in desk.said.value
+    for question in ("kl", "samples"):
+        desk.question.value = question
+        desk.ask.click()
+    assert desk.image.value[:8] == b"\x89PNG\r\n\x1a\n" and "&lt;i&gt;" in desk.texts.value and "2 asked" in desk.said.value
+    wrong = next(name for name in desk.clinic.names if name != desk.present._name)
+    desk.diagnosis.value = wrong
+    desk.diagnose.click()
+    assert "Not " in desk.said.value and desk.present.points == 7
+    desk.diagnosis.value = desk.present._name
+    desk.diagnose.click()
+    assert "Right:" in desk.said.value and desk.present.closed and "all cases 7" in desk.said.value
+    desk.give_up.click()
+    assert "is closed" in desk.said.value  # one line, and nothing changes
+    desk.case.value = "B"
+    assert "0 asked" in desk.said.value and desk.texts.value == ""
+
+
+def test_a_case_is_drawn_beside_the_healthy_run_with_a_gap_where_the_log_has_one():
+    clinic = Clinic(ward())
+    case = next(case for case in clinic.cases if case._name == "no KL penalty")
+    for question in ("kl", "entropy", "samples"):
+        case.ask(question)
+    axes = players.draw_case(case).axes
+    assert [ax.get_title(loc="left") for ax in axes] == ["kl", "entropy"] and len(case.asked) == 3
+    healthy, sick = (line.get_ydata() for line in axes[0].lines)
+    assert list(healthy) == [0, 1, 2] and list(sick[:2]) == [1, 2] and np.isnan(sick[2])
