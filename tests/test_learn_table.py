@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_nb_utils import course, learn_table
+from rlhf_nb_utils import ablations, course, learn_table
 from rlhf_nb_utils.config import load_config
 
 
@@ -98,8 +98,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_whole_protocol_prints_a_table_and_keeps_it(tmp_path, capsys):
-    command = ["learn", "--profile", "smoke", "--seeds", "2", "--out", str(tmp_path), "--set", *SMALL]
+def test_the_whole_protocol_prints_a_table_and_keeps_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablations, "RECORDED", tmp_path / "recorded")
+    command = ["learn", "--profile", "smoke", "--seeds", "2", "--record", "--out", str(tmp_path), "--set", *SMALL]
     assert course.main(command) == 0
     printed = capsys.readouterr().out
     written = list((tmp_path / "smoke" / "learn").iterdir())
@@ -108,6 +109,7 @@ def test_the_whole_protocol_prints_a_table_and_keeps_it(tmp_path, capsys):
     assert text.strip() in printed and "2 seeds, 12 evaluation prompts, 24 held-out pairs" in text
     kept = json.loads(next(p for p in written if p.suffix == ".json").read_text())
     assert len(kept["rows"]) == 4 + len(learn_table.ROWS) and len(kept["runs"]) == 2
+    assert ablations.load("learn-embedded") == kept
     assert course.main(command) == 0 and "building" not in capsys.readouterr().out  # found again
     # What it counted is what the stages of its runs hold: the recipe's, not those of the run it is compared with.
     folder = tmp_path / "smoke" / "stages"
