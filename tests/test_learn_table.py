@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_nb_utils import ablations, course, learn_table
-from rlhf_nb_utils.config import load_config
+from rlhf_nb_utils.config import ROOT, load_config
 
 
 def record(seed, prompts=60, **changes):
@@ -119,3 +119,14 @@ def test_the_whole_protocol_prints_a_table_and_keeps_it(tmp_path, capsys, monkey
         columns = json.loads((path / "prompts.json").read_text())
         assert [np.mean(columns[f"positive_{when}"]) for when in ("before", "after")] == pytest.approx(expected["gold_positive"])
         assert np.mean(columns["kl"]) == pytest.approx(expected["kl"])
+
+
+def test_the_readme_shows_the_recorded_figures():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "data" / "recorded").glob("learn-*.json"):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        names = {row["quantity"] for row in rows}
+        lines = [line for line in readme.splitlines() if line[2:].split(" |")[0] in names]  # in order: some names come twice
+        assert len(lines) == len(rows)
+        for row, line in zip(rows, lines):
+            assert line.startswith(f"| {row['quantity']} |") and row["text"] in line, f"{path.name}: {row['quantity']}"
