@@ -1,7 +1,6 @@
 """What one seed of the learning protocol measures: every stage run once, on prompts that no stage was trained on.
 
-Per-prompt columns (the unit that `learn_table` resamples) and figures of the run. Knows the stages; trains nothing itself, and
-no setting is chosen by what it measures.
+Per-prompt columns (the unit that `learn_table` resamples) and figures of the run. Knows the stages; trains nothing itself.
 """
 
 from __future__ import annotations
