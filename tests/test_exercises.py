@@ -54,7 +54,7 @@ def test_an_exercise_is_complete(name):
 
 
 def test_names_are_unique_and_there_are_enough():
-    assert len(EXERCISES) == sum(map(len, SETS.values()))
+    assert 20 <= len(EXERCISES) == sum(map(len, SETS.values()))
 
 
 # --- what else a reader may write ---------------------------------------------------------------------------------------
@@ -88,6 +88,34 @@ def test_positions_are_whole_numbers_and_a_scalar_is_shown_short():
     said = base.verdict(EXERCISES["position_ids"], lambda mask: solution(mask).float())
     assert said not in ("", *EXERCISES["position_ids"].mistakes)
     assert base._value(torch.tensor(1 / 3)) == "0.3333"
+
+
+def test_a_number_or_an_array_in_place_of_a_tensor_is_refused():
+    solution = EXERCISES["k3"].solution
+    for attempt, kind in ((lambda a, b: solution(a, b).tolist(), "list"), (lambda a, b: solution(a, b).numpy(), "ndarray")):
+        assert base.verdict(EXERCISES["k3"], attempt) == f"it gives a {kind}, not a tensor: what follows needs a tensor"
+    loss = EXERCISES["policy_loss"]
+    assert "a float, not a tensor" in base.verdict(loss, lambda *arguments: loss.solution(*arguments).item())
+
+
+@pytest.mark.parametrize("name", [name for name, exercise in EXERCISES.items() if exercise.learnt])
+def test_a_loss_with_the_right_value_and_no_gradient_is_refused(name):
+    exercise = EXERCISES[name]
+    said = base.verdict(exercise, lambda *arguments: exercise.solution(*arguments).detach())
+    assert said.startswith(f"its value is right, but not its gradient for {exercise.learnt[0]}")
+
+
+def test_every_scalar_tensor_a_reader_trains_by_is_checked_for_its_gradient():
+    losses = {name for name in EXERCISES if name.endswith("_loss")}
+    assert losses == {name for name, exercise in EXERCISES.items() if exercise.learnt}
+
+
+def test_a_gradient_into_the_advantages_is_refused():
+    def policy_gradient_loss(logprobs, advantages, mask):
+        return -torch.where(mask, logprobs * advantages, 0.0).sum(1).mean()
+
+    exercise = EXERCISES["policy_gradient_loss"]
+    assert "a gradient flows into advantages" in base.verdict(exercise, policy_gradient_loss)
 
 
 def test_an_unknown_exercise_names_those_there_are():

@@ -26,6 +26,7 @@ class Exercise:
     ``solution`` carries the signature and the docstring of the stub; its source is what the notebook folds away.
     ``cases`` are argument tuples, on which every one of ``mistakes`` (what to tell the reader -> a function that makes it)
     differs from the solution at least once. ``difficulty`` from 1 to 5; ``minutes`` for somebody who knows PyTorch.
+    A loss also names the arguments it is to be ``learnt`` through, and those it must hold ``constant``.
     """
 
     title: str
@@ -35,6 +36,8 @@ class Exercise:
     solution: Callable
     cases: Sequence[tuple]
     mistakes: Mapping[str, Callable]
+    learnt: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -42,9 +45,11 @@ class Exercise:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal in structure and shape, and in value within TOLERANCE; a tensor and a number are equal if they hold the same."""
+    """Equal in structure and shape, and in value within TOLERANCE; where ``other`` is a tensor, ``one`` has to be one."""
     if isinstance(other, tuple | list):
         return isinstance(one, tuple | list) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(other, torch.Tensor) and not isinstance(one, torch.Tensor):
+        return False
     try:
         one, other = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (one, other))
         if one.shape != other.shape or (one.dtype == bool) != (other.dtype == bool):
@@ -71,12 +76,37 @@ def verdict(exercise: Exercise, attempt: Callable) -> str:
     if all(answer is None for answer in found):
         return "not attempted"
     if all(map(same, found, expected)):
-        return ""
+        return _wrong_gradient(exercise, attempt)
     for message, wrong in exercise.mistakes.items():
         if all(map(same, found, (wrong(*copy.deepcopy(case)) for case in exercise.cases))):
             return message
     at = next(i for i, pair in enumerate(zip(found, expected)) if not same(*pair))
+    if isinstance(expected[at], torch.Tensor) and not isinstance(found[at], torch.Tensor):
+        return f"it gives a {type(found[at]).__name__}, not a tensor: what follows needs a tensor"
     return f"for {_shown(exercise, exercise.cases[at])} it gives {_value(found[at])}, not {_value(expected[at])}"
+
+
+def _wrong_gradient(exercise: Exercise, attempt: Callable) -> str:
+    """What is wrong with the gradients of a loss whose values are right; nothing for what is no loss."""
+    for case in exercise.cases if exercise.learnt else ():
+        found, expected = (_gradients(exercise, function, copy.deepcopy(case)) for function in (attempt, exercise.solution))
+        for name in exercise.learnt:
+            if not same(found[name], expected[name]):
+                return f"its value is right, but not its gradient for {name}: nothing can be learnt through what is detached"
+        if leaks := [name for name in exercise.constant if any(g.any() for g in found[name])]:
+            return f"its value is right, but a gradient flows into {leaks[0]}, which is to be held constant: detach it"
+    return ""
+
+
+def _gradients(exercise: Exercise, function: Callable, case: tuple) -> dict[str, list[torch.Tensor]]:
+    """Gradients of a loss for the arguments that are learnt or constant; an argument is a tensor or a list of them."""
+    names, wanted = list(inspect.signature(exercise.solution).parameters), (*exercise.learnt, *exercise.constant)
+    leaves = {name: [*value] if isinstance(value, list) else [value] for name, value in zip(names, case) if name in wanted}
+    flat = [leaf.requires_grad_() for some in leaves.values() for leaf in some]
+    loss = function(*case)
+    found = torch.autograd.grad(loss, flat, allow_unused=True) if loss.requires_grad else [None] * len(flat)
+    flowed = iter(torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(flat, found))
+    return {name: [next(flowed) for _ in some] for name, some in leaves.items()}
 
 
 def _shown(exercise: Exercise, case: tuple) -> str:

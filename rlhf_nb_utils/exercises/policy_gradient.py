@@ -142,6 +142,8 @@ EXERCISES = (
         minutes=10,
         hint="An optimiser goes *down* the gradient. Add up a response first, then average over responses.",
         solution=policy_gradient_loss,
+        learnt=("logprobs",),
+        constant=("advantages",),
         cases=[(_LOGPROBS, _ADVANTAGES, _MASK)],
         mistakes={
             "the minus is missing: an optimiser goes downhill, and would unlearn what was good": _uphill,

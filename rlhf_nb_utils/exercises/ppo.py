@@ -162,6 +162,7 @@ EXERCISES = (
         hint="A difference of logarithms is the logarithm of a ratio. The clip may take gain away from a token and never give"
         " it any, so of the two surrogates the more pessimistic one counts; `mask` chooses what is averaged.",
         solution=policy_loss,
+        learnt=("new_logprobs",),
         cases=_BATCHES,
         mistakes={
             "the larger of the two surrogates is kept: a token that moved too far goes on being pulled, so nothing stops it": (
@@ -182,6 +183,7 @@ EXERCISES = (
         hint="Clip the *step* from the old value, not the value. The pessimism is that of the policy's loss, but an error is"
         " bad where a surrogate is good.",
         solution=value_loss,
+        learnt=("new_values",),
         cases=_VALUES,
         mistakes={
             "the smaller of the two errors is kept: the critic is excused wherever clipping makes it look better": _smaller_error,

@@ -121,6 +121,7 @@ EXERCISES = (
             "cannot be mended by the logarithm behind it: look for the two as one function."
         ),
         solution=bradley_terry_loss,
+        learnt=("chosen", "rejected"),
         cases=[(_CHOSEN, _REJECTED, _MARGIN), _SURPRISE],
         mistakes={
             "the margin is added to the lead: a pair that lacks its margin passes for one that has it": _margin_added,
@@ -145,6 +146,7 @@ EXERCISES = (
             "log-sum-exps along a row, but from the left."
         ),
         solution=plackett_luce_loss,
+        learnt=("scores",),
         cases=[(_RANKINGS,), (_RANKINGS[:2, :3],), (torch.tensor([[100.0, 0.5, 99.0]]),)],
         mistakes={
             "every choice is made from all K: a response already placed is no longer to be had": _always_from_all,

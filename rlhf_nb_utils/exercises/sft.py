@@ -117,6 +117,7 @@ EXERCISES = (
         minutes=10,
         hint="Would the number change if all rows had fitted into one batch? Divide late.",
         solution=accumulated_loss,
+        learnt=("losses",),
         cases=[(_LOSSES, _MASKS), (_LOSSES[:2], _MASKS[:2])],
         mistakes={
             "this is the mean of the micro-batches' means: a token weighs more where there are few": _mean_of_means,
