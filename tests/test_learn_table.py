@@ -51,8 +51,6 @@ def test_every_row_is_estimated_by_hand():
     points = 100 * (stack["gold_agreement_main"].mean() - stack["gold_agreement_bag"].mean())
     assert rows["… above bag-of-words Bradley–Terry (points)"]["value"] == pytest.approx(points)
     assert rows["last fifth: change of KL (nats)"]["met"] and rows["last fifth: change of KL (nats)"]["bar"] == "± 1"
-    core_minutes = rows["PPO stage (minutes × threads; 6 are three minutes of two cores)"]
-    assert core_minutes["value"] == pytest.approx(8) and core_minutes["met"] is False
     for row in rows.values():
         assert row["low"] <= row["value"] + 1e-9 and row["value"] <= row["high"] + 1e-9
 
@@ -74,11 +72,10 @@ def test_seeds_widen_the_interval_as_prompts_do():
 
 def test_bars_are_compared_the_right_way_round():
     def met(sense, value):
-        return learn_table._record("x", value, "", sense, 1.0, value + 0.2)["met"]
+        return learn_table._record("x", value, "", sense, 1.0)["met"]
 
     assert [met("≥", v) for v in (0.9, 1.0, 1.1)] == [False, True, True]
     assert [met("≤", v) for v in (0.9, 1.0, 1.1)] == [True, True, False]
-    assert [met("≳", v) for v in (0.7, 0.8, 1.1)] == [False, True, True]  # by the upper end of the interval
     assert [met("±", v) for v in (-1.1, -1.0, 0.0, 1.1)] == [False, True, True, False]
     assert learn_table._record("x", 1.0, "", "", None)["met"] is None
 

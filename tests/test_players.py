@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from recordings import made_up
 
 from rlhf_nb_utils import players, simulator, widgets
 from rlhf_nb_utils.clinic import Clinic
@@ -12,17 +13,6 @@ from rlhf_nb_utils.mistakes import DIAGNOSTICS, HEALTHY
 from rlhf_nb_utils.simulator import Point, Simulation
 
 TONE, SAFETY = simulator.SCENARIOS
-
-
-def made_up(points) -> dict:
-    """A recording whose numbers tell which run and step they are of: reward = step + β, kl = reward / 2."""
-    runs = []
-    for point in points:
-        reward = [step + point.beta for step in range(1, point.steps + 1)]
-        run = {"sft_loss": [3.5, 3.25], "comparisons": 5000, "accuracy": 0.8, "reward": reward}
-        run |= {"kl": [r / 2 for r in reward], "entropy": [2.0] * point.steps}
-        runs.append(point._asdict() | run | {"text": [f" <b>said</b> after {step}" for step in range(point.steps + 1)]})
-    return {"recipe": {}, "prompt": "This film", "runs": runs}
 
 
 @pytest.fixture
