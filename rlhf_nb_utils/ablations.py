@@ -8,24 +8,26 @@ samples: those of a policy fine-tuned on IMDb may repeat it.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rlhf_nb_utils import checkpoint, stages
+from rlhf_nb_utils import checkpoint, learn, stages
 from rlhf_nb_utils import evaluation as ev
-from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, load_config
-from rlhf_nb_utils.learn import distinct, minutes
+from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, load_config, runs_dir
 from rlhf_nb_utils.learn_table import spread
 
 RECORDED = DATA / "recorded"
 CURVES = ("score_normalised", "kl", "entropy", "clipfrac", "explained_var", "value_loss", "length", "eos_rate", "kl_coef")
 SAMPLES = 4
-CHEAP = {"evaluation.n_prompts": 500, "evaluation.best_of_n": 1, "evaluation.best_of_prompts": 4}
+PROMPTS = {"evaluation.n_prompts": 500}  # of the protocol's
 
 # name -> what it changes. The recipe is the profile as it stands.
+# fmt: off
 ABLATIONS: dict[str, dict] = {
     "recipe": {},
     "no SFT": {"sft.epochs": 0},
@@ -36,14 +38,18 @@ ABLATIONS: dict[str, dict] = {
     "no entropy bonus": {"ppo.entropy_coef": 0.0},
     **{f"{n} epoch{'s' * (n > 1)} per batch": {"ppo.num_ppo_epochs": n} for n in (1, 2, 4)},
     "k3 in the reward": {"ppo.kl_estimator": "k3"},
-    "reward model on triples": {"preferences.responses_per_prompt": 3, "reward_model.loss": "rankings"},
+    # A ranking of three is two choices: half the prompts, as many choices.
+    "reward model on triples": {
+        "preferences.responses_per_prompt": 3, "reward_model.loss": "rankings", "data.n_preferences": 2500,
+    },
     "no annotator noise": {"preferences.noise": 0.0},
     "annotator noise 3": {"preferences.noise": 3.0},
     "adaptive β": {"ppo.kl_controller": "adaptive", "ppo.kl_target": 3.0},
     "decaying rate": {"ppo.lr_schedule": "linear"},
-    "twice as long": {"ppo.iterations": 80},
+    "twice as long": {"ppo.iterations": 104},
     "reward by the annotator": {"ppo.reward": "annotator"},
 }
+# fmt: on
 # The language models other than "recipe" are made by `python data/build.py --rung NAME`.
 SMALL, LARGE, REAL_TOKENS = ({"models.policy": f"runs/build/{name}"} for name in ("lm-1m", "lm-16m", "lm-gpt2-tokens"))
 LADDER: dict[str, dict] = {
@@ -65,9 +71,8 @@ class AblationError(CourseError):
 
 def measure(cfg: Config) -> dict:
     """One run: figures on the evaluation prompts, curves rounded to three digits, samples."""
-    stage = stages.evaluation(cfg)
-    before, after, _ = stages.load_evaluation(stage)
-    history, kept = stages.ppo(cfg).history, distinct({"before": before.tokens, "after": after.tokens})
+    before, after = learn.evaluate(cfg, learn.prompts(cfg))
+    history, kept = stages.ppo(cfg).history, learn.distinct({"before": before.tokens, "after": after.tokens})
     summary = {
         "positive_before": float((before.scores["gold"] > 0).mean()),
         "positive": float((after.scores["gold"] > 0).mean()),
@@ -84,9 +89,11 @@ def measure(cfg: Config) -> dict:
         "eos_rate_before": float(before.ended.mean()),
         "sft_loss": stages.sft(cfg).summary["heldout_loss"],
         "parameters": sum(p.numel() for p in stages.load_policy(stages.sft(cfg), cfg)[0].lm.parameters()),
-        "ppo_minutes": minutes(history),
+        "surprise_before": float(learn.surprise(cfg, before).sum() / before.length.sum()),
+        "surprise": float(learn.surprise(cfg, after).sum() / after.length.sum()),
+        "ppo_minutes": learn.minutes(history),
     }
-    watched = stages.load_watched(stage)
+    watched = learn.watched(cfg)
     return {
         "seed": cfg.seed,
         "figures": {key: round(value, 4) for key, value in summary.items()},
@@ -97,6 +104,17 @@ def measure(cfg: Config) -> dict:
         },
         "samples": [list(pair) for pair in zip(after.queries[:SAMPLES], after.responses[:SAMPLES])],
     }
+
+
+def measured(cfg: Config) -> dict:
+    """`measure`, or what it found before: the evaluation of a hundred runs is an hour's work of its own."""
+    code = hashlib.sha256(inspect.getsource(measure).encode()).hexdigest()[:8]
+    path = runs_dir() / cfg.profile / "variants" / f"{stages.stage_hash(cfg, 'learn')}-{code}.json"
+    if not path.exists():
+        found = measure(cfg)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json_atomic(path, found)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def record(
@@ -124,9 +142,9 @@ def record(
         raise AblationError(f"data/recorded/{group}.json was made with another recipe or other seeds: record all variants anew")
     # The recipe first: its early stages are shared, and two processes must not build one stage at a time.
     shared = [key for key in cfgs if key[0] == "recipe"]
-    runs = dict(zip(shared, spread(measure, [(cfgs[key],) for key in shared], jobs)))
+    runs = dict(zip(shared, spread(measured, [(cfgs[key],) for key in shared], jobs)))
     rest = [key for key in cfgs if key not in runs]
-    runs |= dict(zip(rest, spread(measure, [(cfgs[key],) for key in rest], jobs)))
+    runs |= dict(zip(rest, spread(measured, [(cfgs[key],) for key in rest], jobs)))
     for name in names:
         kept["variants"][name] = {"change": variants[name], "runs": [runs[name, seed] for seed in seeds]}
         for run in kept["variants"][name]["runs"][1:]:
@@ -141,7 +159,7 @@ def configured(profile: str, seed: int, change: dict) -> Config:
     for key, value in change.items():
         if key == "models.policy" and not Path(value).is_dir():
             raise AblationError(f"{value} is missing: make it with `python data/build.py --rung {Path(value).name}`")
-    return load_config(profile, seed, CHEAP | change)
+    return load_config(profile, seed, PROMPTS | change)
 
 
 def keep_learned(table_file: Path, source: str) -> Path:

@@ -1,6 +1,8 @@
-"""What one seed of the learning protocol measures: every stage run once, on prompts that no stage was trained on.
+"""What one seed of the learning protocol measures: every stage run once, on prompts kept for nothing else.
 
-Per-prompt columns (the unit that `learn_table` resamples) and figures of the run. Knows the stages; trains nothing itself.
+The course shows its results on the first evaluation prompts, and settings may have been chosen by looking at those; the
+protocol takes others. Per-prompt columns (the unit that `learn_table` resamples) and figures of the run. Knows the stages;
+trains nothing itself.
 """
 
 from __future__ import annotations
@@ -11,18 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf_nb_utils import checkpoint, models, stages
+from rlhf_nb_utils import checkpoint, data, models, stages
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import Config, CourseError, load_config
 from rlhf_nb_utils.data import Comparison
 from rlhf_nb_utils.preferences import sample_ranking
 from rlhf_nb_utils.reward_model import bag_of_words_baseline, score_comparisons
-from rlhf_nb_utils.rollouts import encode_queries, sample_many
+from rlhf_nb_utils.rollouts import encode_queries, pad_queries, sample_many
 from rlhf_nb_utils.tokenizer_bridge import response_texts
 
+N_EVALUATION = {"embedded": 2000, "imdb": 1200}  # the protocol's prompts are the last evaluation.n_prompts of so many
+CHEAP = {"evaluation.n_prompts": 4, "evaluation.best_of_prompts": 4, "evaluation.best_of_n": 1}  # of the course's own
 PAIRS_PER_PROMPT = 2  # held-out pairs, from the SFT policy's samples for best-of-n
 NEGATIVE_SHARE = 0.15  # an opening is negative if the reference completes it positively at most this often
 NEGATIVE_SAMPLES = 4  # samples of the trained policy per negative opening
+REFERENCE_ROWS = 64  # responses whose reference logprobs are taken at once
 DISTINCT_COUNT, DISTINCT_SHUFFLES = 2000, 20  # 3-grams among which distinct ones are counted, and how often
 
 
@@ -35,7 +40,6 @@ def variants(profile: str, seed: int, overrides: dict) -> dict[str, Config]:
     main = load_config(profile, seed, overrides)
     if main.preferences.criterion != "sentiment":
         raise LearnError("the protocol counts positive reviews: it needs preferences.criterion=sentiment")
-    cheap = {"evaluation.best_of_prompts": 4, "evaluation.best_of_n": 1}
     triples = {
         "preferences.responses_per_prompt": 3,
         "reward_model.loss": "rankings",
@@ -43,24 +47,47 @@ def variants(profile: str, seed: int, overrides: dict) -> dict[str, Config]:
         "data.n_preferences": main.data.n_preferences // 2,
     }
     changes = {
-        "main": {"evaluation.best_of_prompts": main.evaluation.n_prompts},
-        "annotator": {"ppo.reward": "annotator"} | cheap,
+        "main": {},
+        "annotator": {"ppo.reward": "annotator"},
         "trunk": {"reward_model.backbone": "policy"},
         "triples": triples,
     }
     return {name: load_config(profile, seed, overrides | change) for name, change in changes.items()}
 
 
+def prompts(cfg: Config) -> list[str]:
+    """The protocol's prompts: ``cfg.evaluation.n_prompts`` that the course and the choice of settings leave alone."""
+    every = cfg.data.model_copy(update={"n_evaluation": N_EVALUATION[cfg.data.source]})
+    return data.load_prompts(every, "evaluation")[-cfg.evaluation.n_prompts :]
+
+
+def watched(cfg: Config) -> dict[int, dict[str, np.ndarray]]:
+    """A PPO run along its way, as `stages.load_watched` gives it, on prompts of PPO that it did not train on."""
+    settings = cfg.evaluation.model_copy(update={key.split(".")[1]: value for key, value in CHEAP.items()})
+    return stages.load_watched(stages.evaluation(cfg.model_copy(update={"evaluation": settings})))
+
+
+def evaluate(cfg: Config, queries: list[str]) -> tuple[ev.Evaluation, ev.Evaluation]:
+    """The policy before and after PPO, on the same prompts and by all three scores."""
+    reference, tokenizer = stages.load_policy(stages.sft(cfg), cfg)
+    policy, _ = stages.load_policy(stages.ppo(cfg), cfg)
+    scorers = stages.make_scorers(cfg, stages.load_reward_model(stages.reward_model(cfg), cfg))
+    before, after = (ev.evaluate(model, reference, tokenizer, queries, scorers, cfg) for model in (reference, policy))
+    return before, after
+
+
 def measure(profile: str, seed: int, overrides: dict) -> stages.Stage:
     """All measurements of one seed, as a stage: per-prompt columns in ``prompts.json``, per-run figures in its summary."""
     cfgs = variants(profile, seed, overrides)
     cfg = cfgs["main"]
-    trained = {name: stages.evaluation(cfgs[name]) for name in ("main", "annotator")}
+    trained = {name: stages.ppo(cfgs[name]) for name in ("main", "annotator")}
 
     def make(folder: Path) -> dict:
-        before, after, best = stages.load_evaluation(trained["main"])
+        queries = prompts(cfg)
+        before, after = evaluate(cfg, queries)
+        best = _best_of_n(cfg, queries)
         columns = {
-            "eos_before": _ends(cfg, before.queries),
+            "eos_before": _ends(cfg, queries),
             "eos_after": before.ended,
             "positive_before": before.scores["gold"] > 0,
             "positive_after": after.scores["gold"] > 0,
@@ -71,20 +98,64 @@ def measure(profile: str, seed: int, overrides: dict) -> stages.Stage:
             "gold_after": after.scores["gold"],
             "length_before": before.length,
             "length_after": after.length,
+            "surprise_before": surprise(cfg, before),
+            "surprise_after": surprise(cfg, after),
             "gold_best_of_n": ev.expected_best_of_n(best.proxy, best.proxy.shape[1], best.gold),
         }
-        columns |= _reward_models(cfgs, best) | _negative_openings(cfg, before.queries, best)
+        columns |= _objective(cfg, trained["main"].summary, after, best)
+        columns |= _reward_models(cfgs, best) | _negative_openings(cfg, queries, best)
         lists = {key: [None if math.isnan(v) else v for v in np.asarray(c, float).tolist()] for key, c in columns.items()}
         checkpoint.write_json_atomic(folder / "prompts.json", lists)
+        ends = {"main": after, "annotator": evaluate(cfgs["annotator"], queries)[1]}
         return {
-            "distance": _distance(trained),
+            "distance": _distance({name: watched(cfgs[name]) for name in ends}, ends),
             **distinct({"before": before.tokens, "after": after.tokens} | _best_tokens(cfg, best)),
-            **_last_fifth(stages.ppo(cfg).history),
-            "ppo_minutes": minutes(stages.ppo(cfg).history),
+            **_last_fifth(trained["main"].history),
+            "ppo_minutes": minutes(trained["main"].history),
             "threads": torch.get_num_threads(),
         }
 
     return stages.build(cfg, "learn", make)
+
+
+def _best_of_n(cfg: Config, queries: list[str]) -> ev.BestOfN:
+    reference, tokenizer = stages.load_policy(stages.sft(cfg), cfg)
+    scorers = stages.make_scorers(cfg, stages.load_reward_model(stages.reward_model(cfg), cfg))
+    return ev.best_of_n(reference, tokenizer, queries, scorers["proxy"], scorers["gold"], cfg)
+
+
+def surprise(cfg: Config, said: ev.Evaluation) -> np.ndarray:
+    """−log π_ref of each whole response in nats, (P,): what the reference makes of the text. More is less fluent to it."""
+    reference, tokenizer = stages.load_policy(stages.sft(cfg), cfg)
+    rows, out = encode_queries(tokenizer, said.queries), []
+    for start in range(0, len(rows), REFERENCE_ROWS):
+        part = slice(start, start + REFERENCE_ROWS)
+        queries, query_mask = pad_queries(rows[part], tokenizer.pad_token_id, reference.device)
+        width = max(map(len, said.tokens[part]))
+        mask = torch.tensor([[t < len(ids) for t in range(width)] for ids in said.tokens[part]], device=reference.device)
+        padded = [ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in said.tokens[part]]
+        ids = torch.cat([queries, torch.tensor(padded, device=reference.device)], 1)
+        with torch.no_grad(), models.autocast(reference.device, cfg.models.autocast):
+            logprobs = reference.logprobs(ids, torch.cat([query_mask, mask], 1), width, cfg.rollouts.temperature)
+        out.append(-(logprobs * mask).sum(1).double().cpu())
+    return torch.cat(out).numpy()
+
+
+def _objective(cfg: Config, norm: dict, after: ev.Evaluation, best: ev.BestOfN) -> dict[str, np.ndarray]:
+    """What PPO maximises, per prompt: the normalised and clipped score, minus β·KL; for it, and for best-of-n.
+
+    For best-of-n at its KL's upper bound log n − (n − 1)/n (Beirami et al. 2024), so its objective is a lower bound.
+    """
+
+    def normalised(scores: np.ndarray) -> np.ndarray:
+        return ((scores - norm["score_mean"]) / norm["score_std"]).clip(-cfg.ppo.score_clip, cfg.ppo.score_clip)
+
+    n = best.proxy.shape[1]
+    chosen = ev.expected_best_of_n(best.proxy, n, normalised(best.proxy))
+    return {
+        "objective_after": normalised(after.scores["proxy"]) - cfg.ppo.kl_coef * after.kl,
+        "objective_best_of_n": chosen - cfg.ppo.kl_coef * ev.best_of_n_kl(n),
+    }
 
 
 def _ends(cfg: Config, queries: list[str]) -> np.ndarray:
@@ -181,14 +252,13 @@ def _negative_openings(cfg: Config, queries: list[str], best: ev.BestOfN) -> dic
     return columns
 
 
-def _distance(trained: dict[str, stages.Stage]) -> float:
+def _distance(ways: dict[str, dict[int, dict[str, np.ndarray]]], ends: dict[str, ev.Evaluation]) -> float:
     """Share positive of the run rewarded by the annotator itself, minus the recipe's own, at the lower of their KLs."""
     paths = {}
-    for name, stage in trained.items():
-        watched = list(stages.load_watched(stage).values())
-        _, after, _ = stages.load_evaluation(stage)
-        path = [(float(w["kl"].mean()), float((w["gold"] > 0).mean())) for w in watched[:-1]]
-        paths[name] = [*path, (float(after.kl.mean()), float((after.scores["gold"] > 0).mean()))]  # the end on all prompts
+    for name, way in ways.items():
+        path = [(float(w["kl"].mean()), float((w["gold"] > 0).mean())) for w in list(way.values())[:-1]]
+        end = (float(ends[name].kl.mean()), float((ends[name].scores["gold"] > 0).mean()))  # on all prompts
+        paths[name] = [*path, end]
     kl = min(path[-1][0] for path in paths.values())
     return positive_at(paths["annotator"], kl) - positive_at(paths["main"], kl)
 

@@ -104,6 +104,10 @@ ROWS = (
     Row("… at an exact KL of (nats)", _mean("negative_kl"), ".2f", "≤", 10),
     Row("rewarded by the annotator itself, minus ours, at equal KL (points)", _mean("distance", 100), "+.1f", "≤", 3),
     Row("gold score, PPO minus best-of-n by the same reward model", _gap("gold_after", "gold_best_of_n"), "+.2f", "≥", 0),
+    Row("what PPO maximises, normalised score − β·KL: PPO", _mean("objective_after"), "+.2f"),
+    Row("… best-of-n by the same reward model (lower bound)", _mean("objective_best_of_n"), "+.2f"),
+    Row("−log π_ref per token of the responses before (nats)", _ratio("surprise_before", "length_before"), ".2f"),
+    Row("… of the responses after (nats)", _ratio("surprise_after", "length_after"), ".2f"),
     Row(
         "independent evaluator: rise of positive (points)", _gap("independent_after", "independent_before", 100), "+.1f", "≥", 25
     ),

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from rlhf_nb_utils import data, learn, models
 from rlhf_nb_utils import evaluation as ev
-from rlhf_nb_utils import learn
+from rlhf_nb_utils.config import load_config
+from rlhf_nb_utils.rollouts import encode_queries
 
 
 def test_where_a_path_passes_a_kl():
@@ -47,20 +50,55 @@ def test_heldout_pairs_are_disjoint_and_in_the_order_of_gold():
     assert 0.3 < coin.mean() < 0.7
 
 
-def test_runs_are_compared_at_the_lower_of_their_final_kls(monkeypatch):
+def test_runs_are_compared_at_the_lower_of_their_final_kls():
     def run(kls, shares):
-        watched = {
+        way = {
             i: {"kl": np.array([kl]), "gold": 2.0 * (np.arange(1000) < 1000 * p) - 1}
             for i, (kl, p) in enumerate(zip(kls, shares))
         }
-        after = SimpleNamespace(kl=watched[len(kls) - 1]["kl"], scores={"gold": watched[len(kls) - 1]["gold"]})
-        return SimpleNamespace(watched=watched, evaluation=(None, after, None))
+        return way, SimpleNamespace(kl=way[len(kls) - 1]["kl"], scores={"gold": way[len(kls) - 1]["gold"]})
 
-    monkeypatch.setattr(learn.stages, "load_watched", lambda run: run.watched)
-    monkeypatch.setattr(learn.stages, "load_evaluation", lambda run: run.evaluation)
+    def distance(**runs):
+        return learn._distance({name: way for name, (way, _) in runs.items()}, {name: end for name, (_, end) in runs.items()})
+
     far, near = run([1.0, 3.0, 6.0], [0.6, 0.8, 0.95]), run([1.0, 2.0, 3.0], [0.6, 0.65, 0.7])
-    assert learn._distance({"annotator": far, "main": near}) == pytest.approx(0.1, abs=1e-3)
-    assert learn._distance({"annotator": near, "main": far}) == pytest.approx(-0.1, abs=1e-3)
+    assert distance(annotator=far, main=near) == pytest.approx(0.1, abs=1e-3)
+    assert distance(annotator=near, main=far) == pytest.approx(-0.1, abs=1e-3)
+
+
+def test_the_protocol_takes_prompts_that_the_course_does_not_show():
+    cfg = load_config("cpu")
+    ours, shown = learn.prompts(cfg), data.load_prompts(cfg.data, "evaluation")
+    assert len(ours) == len(set(ours)) == 1000 and len(shown) == 1000 and not set(ours) & set(shown)
+
+
+def test_what_the_reference_makes_of_a_text_is_the_sum_of_its_tokens_logprobs(monkeypatch):
+    """One text at a time, without padding or the package's head, against batches of both."""
+    cfg = load_config("cpu")
+    policy, tokenizer = models.load_policy("tiny-gpt2"), models.load_tokenizer("tiny-gpt2")
+    monkeypatch.setattr(learn.stages, "sft", lambda cfg: None)
+    monkeypatch.setattr(learn.stages, "load_policy", lambda stage, cfg: (policy, tokenizer))
+    monkeypatch.setattr(learn, "REFERENCE_ROWS", 2)
+    queries = ["A film about", "I never thought that this one", "Bad."]
+    tokens = [tokenizer(text)["input_ids"] for text in (" a dog.", " would", " Very bad, and long besides.")]
+    found = learn.surprise(cfg, SimpleNamespace(queries=queries, tokens=tokens))
+    for query, ids, value in zip(encode_queries(tokenizer, queries), tokens, found):
+        both = torch.tensor([query + ids])
+        with torch.no_grad():
+            logits = policy.lm(input_ids=both).logits[0, len(query) - 1 : -1]
+        assert value == pytest.approx(
+            torch.nn.functional.cross_entropy(logits, both[0, len(query) :], reduction="sum").item(), rel=1e-4
+        )
+
+
+def test_the_objective_of_ppo_and_of_best_of_n():
+    cfg = load_config("cpu", 0, {"ppo.kl_coef": 0.5, "ppo.score_clip": 1.0})
+    norm = {"score_mean": 1.0, "score_std": 2.0}
+    after = SimpleNamespace(scores={"proxy": np.array([3.0, 9.0, -9.0])}, kl=np.array([0.0, 2.0, 2.0]))
+    proxy = np.array([[1.0, 2.0], [5.0, 1.0], [-9.0, -8.0]])
+    found = learn._objective(cfg, norm, after, SimpleNamespace(proxy=proxy))
+    np.testing.assert_allclose(found["objective_after"], [1.0, 0.0, -2.0])
+    np.testing.assert_allclose(found["objective_best_of_n"], np.array([0.5, 1.0, -1.0]) - 0.5 * (math.log(2) - 0.5))
 
 
 def test_each_reward_model_is_asked_about_the_same_pairs(monkeypatch):

@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import yaml
 
-from rlhf_nb_utils import ablations, course, learn_table
+from rlhf_nb_utils import ablations, course, learn, learn_table, stages
 from rlhf_nb_utils.config import ROOT, load_config
 
 
@@ -17,8 +18,10 @@ def record(seed, prompts=60, **changes):
     shares += ["negative_before", "negative_after", "label_agreement_annotator", "label_agreement_main"]
     shares += [f"gold_agreement_{kind}" for kind in ("main", "trunk", "triples", "bag")]
     columns = {name: rng.integers(0, 2, prompts).astype(float) for name in shares}
-    numbers = ("kl", "negative_kl", "gold_before", "gold_after", "gold_best_of_n", "length_before", "length_after")
+    numbers = ("kl", "negative_kl", "gold_before", "gold_after", "gold_best_of_n", "objective_after", "objective_best_of_n")
     columns |= {name: rng.normal(size=prompts) for name in numbers}
+    positive = ("length_before", "length_after", "surprise_before", "surprise_after")
+    columns |= {name: rng.uniform(1, 2, size=prompts) for name in positive}
     runs = dict.fromkeys(("distance", "score_normalised_change", "kl_change"), 0.0)
     runs |= {"distinct_all_before": 0.5, "distinct_all_after": 0.2, "distinct_all_best_of_n": 0.4, "distinct_all_one_of_n": 0.5}
     runs |= {
@@ -46,6 +49,8 @@ def test_every_row_is_estimated_by_hand():
     assert rows["distinct-3, after / before, among all 3-grams"]["value"] == pytest.approx(0.4)
     named = [row["value"] for row in rows.values() if row["quantity"] == "… after"]
     assert named == [pytest.approx(75.0)]  # of negative openings alone
+    nats = stack["surprise_after"].sum() / stack["length_after"].sum()  # a token mean, not a mean of responses' means
+    assert rows["… of the responses after (nats)"]["value"] == pytest.approx(nats)
     share = stack["label_agreement_main"].mean() / stack["label_agreement_annotator"].mean()
     assert rows["… as a share of the annotator's own score"]["value"] == pytest.approx(100 * share)
     points = 100 * (stack["gold_agreement_main"].mean() - stack["gold_agreement_bag"].mean())
@@ -97,6 +102,7 @@ SMALL = [
 
 def test_the_whole_protocol_prints_a_table_and_keeps_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ablations, "RECORDED", tmp_path / "recorded")
+    monkeypatch.setattr(learn, "N_EVALUATION", {"embedded": 12})
     command = ["learn", "--profile", "smoke", "--seeds", "2", "--record", "--out", str(tmp_path), "--set", *SMALL]
     assert course.main(command) == 0
     printed = capsys.readouterr().out
@@ -108,14 +114,18 @@ def test_the_whole_protocol_prints_a_table_and_keeps_it(tmp_path, capsys, monkey
     assert len(kept["rows"]) == 4 + len(learn_table.ROWS) and len(kept["runs"]) == 2
     assert ablations.load("learn-embedded") == kept
     assert course.main(command) == 0 and "building" not in capsys.readouterr().out  # found again
-    # What it counted is what the stages of its runs hold: the recipe's, not those of the run it is compared with.
-    folder = tmp_path / "smoke" / "stages"
-    for path in folder.glob("learn-*/"):
-        parent = json.loads((path / "stage.json").read_text())["identity"]["before"]["evaluation"]
-        expected = json.loads((folder / f"evaluation-{parent}" / "stage.json").read_text())["summary"]
+    # What it counted is what the course counts on the same prompts: of the recipe, not of the run it is compared with.
+    for seed, path in enumerate(sorted((tmp_path / "smoke" / "stages").glob("learn-*/"), key=_seed)):
+        cfg = load_config("smoke", seed, dict(yaml.safe_load(pair.replace("=", ": ")).popitem() for pair in SMALL))
+        monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path))
+        expected = stages.evaluation(cfg).summary
         columns = json.loads((path / "prompts.json").read_text())
         assert [np.mean(columns[f"positive_{when}"]) for when in ("before", "after")] == pytest.approx(expected["gold_positive"])
         assert np.mean(columns["kl"]) == pytest.approx(expected["kl"])
+
+
+def _seed(path):
+    return json.loads((path / "stage.json").read_text())["identity"]["settings"]["seed"]
 
 
 def test_the_readme_shows_the_recorded_figures():
