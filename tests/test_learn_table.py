@@ -52,12 +52,21 @@ def test_every_row_is_estimated_by_hand():
     nats = stack["surprise_after"].sum() / stack["length_after"].sum()  # a token mean, not a mean of responses' means
     assert rows["… of the responses after (nats)"]["value"] == pytest.approx(nats)
     share = stack["label_agreement_main"].mean() / stack["label_agreement_annotator"].mean()
-    assert rows["… as a share of the annotator's own score"]["value"] == pytest.approx(100 * share)
+    assert rows["… as a share of what gold itself reaches there"]["value"] == pytest.approx(100 * share)
     points = 100 * (stack["gold_agreement_main"].mean() - stack["gold_agreement_bag"].mean())
     assert rows["… above bag-of-words Bradley–Terry (points)"]["value"] == pytest.approx(points)
     assert rows["last fifth: change of KL (nats)"]["met"] and rows["last fifth: change of KL (nats)"]["bar"] == "± 1"
+    # One value a run, 0, 1 and 2 points: Student's interval with two degrees of freedom, 4.303 standard errors.
+    row = rows["rewarded by the annotator itself, minus ours, at equal KL (points)"]
+    assert (row["low"], row["high"]) == pytest.approx((1 - 4.303 / 3**0.5, 1 + 4.303 / 3**0.5), abs=1e-3)
     for row in rows.values():
         assert row["low"] <= row["value"] + 1e-9 and row["value"] <= row["high"] + 1e-9
+
+
+def test_one_run_has_no_interval_of_its_own():
+    rows = {row["quantity"]: row for row in learn_table.table(learn_table.Results([record(0)]), n_samples=100)}
+    row = rows["PPO stage (minutes; threads and runs at a time as the title says)"]
+    assert row["low"] is None and row["text"] == "2.0"
 
 
 def test_seeds_widen_the_interval_as_prompts_do():
