@@ -1,0 +1,371 @@
+"""AdamW whose states live on the host: full-parameter training where they would not fit beside the weights.
+
+A bf16 weight takes 2 bytes on the device, and its gradient 2 more while it is there; the fp32 master and both moments, 12
+bytes, stay on the host, where the step is computed. While the backward pass runs, each finished gradient is copied out on a
+stream of its own; the new weights come back bucket by bucket. A weight that is fp32 on the CPU is its own master, and nothing
+is copied. Knows torch, and nothing of this course.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+BUCKET = 2**24  # weights that are updated, and copied back, at a time: 32 MiB of bf16
+CLIP_EPS = 1e-6  # clip_grad_norm_'s, so that the same gradients give the same step
+
+
+class _Bucket:
+    """Some weights of one group, device and dtype, which lie apart from their fp32 master.
+
+    ``flat`` holds master and moments: fp32, on the host. Through ``staging``, in the weights' dtype, gradients come in and new
+    weights leave. ``sums`` (fp32) is there while micro-batches are added up on the host.
+    """
+
+    def __init__(self, group: int, params: list[Tensor], names: tuple[str, ...]):
+        sizes = [p.numel() for p in params]
+        self.group, self.params, self.size = group, params, sum(sizes)
+        self.flat = {name: torch.zeros(self.size) for name in (*names, "master")}
+        # Pinned where a device will read it; without CUDA nothing can pin memory.
+        self.staging = torch.zeros(self.size, dtype=params[0].dtype, pin_memory=params[0].is_cuda)
+        self.arrived: dict[int, tuple] = {}  # whose gradient is in ``staging``, and which one
+        self.sums: Tensor | None = None
+        self.summed: set[int] = set()
+        self.done: torch.cuda.Event | None = None  # of the copy of the new weights
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        self._at = {id(p): slice(end - size, end) for p, size, end in zip(params, sizes, ends)}
+
+    def view(self, flat: Tensor, p: Tensor) -> Tensor:
+        """The part of a flat tensor that is ``p``'s, in its shape."""
+        return flat[self._at[id(p)]].view(p.shape)
+
+    def add_up(self) -> None:
+        """Move what arrived to the sums."""
+        if self.sums is None:
+            self.sums = torch.zeros(self.size)
+        for p in self.params:
+            if id(p) in self.arrived:
+                self.view(self.sums, p).add_(self.view(self.staging, p))
+        self.summed |= self.arrived.keys()
+        self.arrived = {}
+
+    def take(self) -> tuple[list[Tensor], Tensor | None]:
+        """Whose gradients there are, and their sums (None: they are in ``staging``); then there are none."""
+        params, sums = [p for p in self.params if id(p) in self.arrived or id(p) in self.summed], self.sums
+        self.arrived, self.sums, self.summed = {}, None, set()
+        return params, sums
+
+
+class CPUOffloadAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) with fp32 master weights and moments on the host.
+
+    Arguments, parameter groups, schedulers and state dicts are those of ``torch.optim.AdamW``; besides:
+
+    max_grad_norm: the global norm to which `step` clips the gradients of all groups together, or None.
+    stream_gradients: free each gradient on the device once it is copied out, instead of at `zero_grad`. Micro-batches are then
+        added up on the host, in fp32.
+
+    All micro-batches of a step but the last belong into ``with optimizer.accumulate():``, or sums would be copied that are not
+    complete. ``grad_norm`` is the norm that the last `step` found, before clipping.
+
+    A parameter's state is torch's own (``step``, ``exp_avg``, ``exp_avg_sq``) and, where the weight is not its own master,
+    ``master``; plain AdamW loads it and goes on. Sparse gradients and closures are not supported.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        stream_gradients: bool = False,
+    ):
+        for name, value, valid in (
+            ("lr", lr, lr >= 0),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
+            ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0),
+        ):
+            if not valid:
+                raise ValueError(f"{name} cannot be {value}")
+        self.max_grad_norm, self.stream_gradients, self.grad_norm = max_grad_norm, stream_gradients, math.nan
+        self._accumulating, self._worker = False, None
+        self._buckets: list[_Bucket] = []
+        self._bucket_of: dict[int, _Bucket] = {}
+        self._versions: dict[int, int] = {}  # of each weight, as this optimizer left it
+        self._squares: dict[int, Tensor] = {}  # of each gradient that arrived from a device, summed there
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._pending: dict[_Bucket, Future] = {}
+        self._scratch = torch.empty(0)  # one bucket's gradients in fp32
+        # Every key of AdamW's groups: loading a dict that lacks one, AdamW would fill in Adam's own default.
+        choices = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
+        fixed = {"foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True}
+        super().__init__(params, choices | fixed)
+
+    # --- what a training loop calls -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Around the backward pass of every micro-batch but the last: there is more to come."""
+        self._accumulating = True
+        try:
+            yield
+        finally:
+            self._accumulating = False
+
+    def attach(self, model: nn.Module) -> CPUOffloadAdamW:
+        """From now on `step` returns while the host still computes, and each layer's next forward pass waits for its weights.
+
+        Buckets are updated in the order of the parameters, which should be that of the forward pass. Whatever else reads the
+        weights (to save them, say) must call `synchronize` first. Returns the optimizer.
+        """
+        self._worker = ThreadPoolExecutor(1, "offload")
+        this = weakref.ref(self)
+        for module in model.modules():
+            own = {id(p) for p in module.parameters(recurse=False)}
+            needed = [bucket for bucket in self._buckets if own & set(map(id, bucket.params))]
+            if needed:
+                module.register_forward_pre_hook(lambda *_, needed=needed: _wait_for(this(), needed))
+        return self
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update from the gradients there are. A parameter without one stays as it is, its moments included.
+
+        Raises FloatingPointError, before any weight moves, if the gradient's norm is not finite.
+        """
+        if closure is not None:
+            raise ValueError("CPUOffloadAdamW calls no closure: compute the gradients before the step")
+        self.synchronize()
+        self._collect()
+        scale = self._clip()
+        for group in self.param_groups:
+            own = [p for g, p in self._own() if g is group]
+            self._update(group, own, [p.grad for p in own], [self._state(p, group) for p in own], scale)
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))  # nothing may still read the weights that will be written
+        for bucket in self._buckets:
+            self._send(bucket, scale)
+        self._squares.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that are on the host included."""
+        super().zero_grad(set_to_none)
+        for bucket in self._buckets:
+            bucket.take()
+        self._squares.clear()
+
+    def synchronize(self) -> None:
+        """Wait until every weight of the last step is in its place."""
+        _wait_for(self, list(self._pending))
+
+    # --- parameters and states ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        kinds: dict[tuple, list[Tensor]] = {}
+        for p in self.param_groups[-1]["params"]:
+            if p.device.type != "cpu" or p.dtype in (torch.bfloat16, torch.float16):
+                kinds.setdefault((p.device, p.dtype), []).append(p)
+        for (device, _), params in kinds.items():
+            if device.type == "cuda" and device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)
+            for part in _parts(params, BUCKET):
+                self._add_bucket(_Bucket(len(self.param_groups) - 1, part, self._moments(self.param_groups[-1])))
+
+    def _add_bucket(self, bucket: _Bucket) -> None:
+        this = weakref.ref(self)  # a hook outlives an optimizer that nobody holds any more
+        self._buckets.append(bucket)
+        if bucket.size > len(self._scratch):
+            self._scratch = torch.empty(bucket.size)
+        for p in bucket.params:
+            self._bucket_of[id(p)] = bucket
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(lambda p: (optimizer := this()) and optimizer._on_gradient(p))
+
+    def state_dict(self) -> dict:
+        self.synchronize()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take a state dict of this class or of plain AdamW. States stay on the host, in fp32, whatever the weights are.
+
+        A ``master`` counts only where it rounds to the weight that is there; else the weight is the master.
+        """
+        self.synchronize()
+        super().load_state_dict(state_dict | {"state": {}})  # the groups alone: torch would cast the states to the weights
+        weights = [(group, p) for group in self.param_groups for p in group["params"]]
+        for index, (group, p) in enumerate(weights):
+            self.state.pop(p, None)
+            if index in state_dict["state"]:
+                own = self._state(p, group)
+                for key in own.keys() & state_dict["state"][index].keys():
+                    own[key].copy_(torch.as_tensor(state_dict["state"][index][key]))
+                self._versions.pop(id(p), None)
+
+    @staticmethod
+    def _moments(group: dict) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+
+    def _state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
+        """The state of ``p``, made when it is first needed. If somebody else wrote the weight, it is the master from now on."""
+        state, bucket = self.state[p], self._bucket_of.get(id(p))
+        if not state:
+            state["step"] = torch.zeros(())
+            for name in self._moments(group):
+                state[name] = torch.zeros_like(p) if bucket is None else bucket.view(bucket.flat[name], p).zero_()
+            if bucket is not None:
+                state["master"] = bucket.view(bucket.flat["master"], p)
+        if bucket is not None and self._versions.get(id(p)) != p._version:
+            weight = p.detach().cpu()
+            if not torch.equal(state["master"].to(p.dtype), weight):
+                state["master"].copy_(weight)
+            self._versions[id(p)] = p._version
+        return state
+
+    def _own(self) -> Iterator[tuple[dict, Tensor]]:
+        """(group, parameter) where a weight is its own master and has a gradient."""
+        for group in self.param_groups:
+            yield from ((group, p) for p in group["params"] if id(p) not in self._bucket_of and p.grad is not None)
+
+    # --- gradients come in --------------------------------------------------------------------------------------------
+
+    def _on_gradient(self, p: Tensor) -> None:
+        if self.stream_gradients or not self._accumulating:
+            self._fetch(p)
+
+    @torch.no_grad()
+    def _fetch(self, p: Tensor) -> None:
+        """Start to copy a gradient into the staging buffer."""
+        bucket = self._bucket_of[id(p)]
+        _wait_for(self, [bucket])
+        if self.stream_gradients and id(p) in bucket.arrived:  # one micro-batch more
+            self._arrive(bucket)
+            bucket.add_up()
+        grad, here = p.grad, bucket.view(bucket.staging, p)
+        if p.is_cuda:
+            stream = self._streams[p.device]
+            stream.wait_stream(torch.cuda.current_stream(p.device))
+            with torch.cuda.stream(stream):
+                self._squares[id(p)] = grad.float().square().sum()
+                here.copy_(grad, non_blocking=True)
+            grad.record_stream(stream)  # its memory is not free before it has been copied
+        else:
+            here.copy_(grad)
+        bucket.arrived[id(p)] = _which(grad)
+        if self.stream_gradients:
+            p.grad = None
+
+    def _collect(self) -> None:
+        """Fetch what no hook saw (gradients set by hand, or changed since), then wait for all of it: the norm needs it."""
+        for bucket in self._buckets:
+            for p in bucket.params:
+                if p.grad is not None and bucket.arrived.get(id(p)) != _which(p.grad):
+                    self._fetch(p)
+        for bucket in self._buckets:
+            self._arrive(bucket)
+            if bucket.sums is not None:
+                bucket.add_up()
+
+    def _arrive(self, bucket: _Bucket) -> None:
+        """Wait for the copies into a bucket."""
+        if (stream := self._streams.get(bucket.params[0].device)) is not None:
+            stream.synchronize()
+
+    def _clip(self) -> Tensor | None:
+        """What all gradients are divided by, fp32 scalar: norm / max_grad_norm; None where that is at most 1."""
+        squares = [p.grad.square().sum() for _, p in self._own()]
+        for bucket in self._buckets:
+            if bucket.sums is not None:
+                squares.append(bucket.sums.square().sum())
+                continue
+            for p in (p for p in bucket.params if id(p) in bucket.arrived):
+                square = self._squares.get(id(p))
+                squares.append(bucket.view(bucket.staging, p).float().square().sum() if square is None else square)
+        self.grad_norm = math.sqrt(sum(square.item() for square in squares))
+        if not math.isfinite(self.grad_norm):
+            raise FloatingPointError(f"gradient norm {self.grad_norm}: no weight was changed")
+        if self.max_grad_norm is None or self.grad_norm + CLIP_EPS <= self.max_grad_norm:
+            return None
+        return torch.tensor((self.grad_norm + CLIP_EPS) / self.max_grad_norm)
+
+    # --- weights go out -----------------------------------------------------------------------------------------------
+
+    def _send(self, bucket: _Bucket, scale: Tensor | None) -> None:
+        """Update a bucket now, or leave it to the worker. Its gradients are taken: the next ones may be announced."""
+        params, sums = bucket.take()
+        if not params:
+            return
+        if self._worker is not None:
+            self._pending[bucket] = self._worker.submit(self._finish, bucket, params, sums, scale)
+            return
+        self._finish(bucket, params, sums, scale)
+        if bucket.done is not None:
+            torch.cuda.current_stream(params[0].device).wait_event(bucket.done)
+
+    @torch.no_grad()
+    def _finish(self, bucket: _Bucket, params: list[Tensor], sums: Tensor | None, scale: Tensor | None) -> None:
+        flat, group = (
+            self._scratch[: bucket.size].copy_(bucket.staging) if sums is None else sums,
+            self.param_groups[bucket.group],
+        )
+        states, gradients = [self._state(p, group) for p in params], [bucket.view(flat, p) for p in params]
+        self._update(group, [state["master"] for state in states], gradients, states, scale)
+        for p, state in zip(params, states):
+            bucket.view(bucket.staging, p).copy_(state["master"])
+        stream = self._streams.get(params[0].device)
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            for p in params:
+                p.copy_(bucket.view(bucket.staging, p), non_blocking=p.is_cuda)
+                self._versions[id(p)] = p._version
+            bucket.done = None if stream is None else stream.record_event()
+
+    def _update(self, group: dict, masters: list[Tensor], gradients: list[Tensor], states: list[dict], scale) -> None:
+        """torch's fused AdamW on host tensors, which divides the gradients by ``scale`` in the same pass."""
+        if not masters:
+            return
+        moments = [[state[name] for state in states] for name in self._moments(group)]
+        beta1, beta2 = group["betas"]
+        adamw(
+            masters, gradients, *moments, *([] if group["amsgrad"] else [[]]), [state["step"] for state in states],
+            fused=True, grad_scale=scale, found_inf=None if scale is None else torch.zeros(()), amsgrad=group["amsgrad"],
+            beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=group["maximize"],
+        )  # fmt: skip
+
+
+def _wait_for(optimizer: CPUOffloadAdamW | None, buckets: list[_Bucket]) -> None:
+    """Until the host is done with these buckets, and their device knows that it has to wait for the copies."""
+    for bucket in buckets if optimizer is not None else []:
+        if (future := optimizer._pending.pop(bucket, None)) is not None:
+            future.result()
+            if bucket.done is not None:
+                torch.cuda.current_stream(bucket.params[0].device).wait_event(bucket.done)
+
+
+def _which(grad: Tensor) -> tuple[int, int]:
+    """Tells a gradient from another one, or from itself changed in place."""
+    return grad.data_ptr(), grad._version
+
+
+def _parts(params: list[Tensor], limit: int) -> list[list[Tensor]]:
+    """Runs of parameters of at most ``limit`` elements together; a larger one is a run of its own."""
+    parts: list[list[Tensor]] = [[]]
+    for p in params:
+        if parts[-1] and sum(q.numel() for q in parts[-1]) + p.numel() > limit:
+            parts.append([])
+        parts[-1].append(p)
+    return parts
