@@ -14,7 +14,8 @@ import numpy as np
 
 # Each rule scorer is a weighted sum of shares *per word* (so that length does not buy score), pulled towards its
 # usual value by PRIOR imagined words (so that two words are not a verdict), then scaled to mean 0 and standard
-# deviation 1 over 50-word pieces of IMDb reviews: the annotator's noise then means the same for each of them.
+# deviation 1 over 50-word pieces of IMDb reviews. The same noise is still not the same for each of them: it is compared
+# with differences between responses to one prompt, and those are smaller, by another factor for each rule.
 PRIOR = 20
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 _SENTENCE = re.compile(r"[.!?]+")

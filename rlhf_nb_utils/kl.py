@@ -4,7 +4,7 @@ Knows log-probabilities. Does not know rewards, masks or configuration. Every di
 in nats, for tokens drawn from the *policy* at the temperature at which it is scored. With r = reference / policy
 (Schulman 2020, "Approximating KL divergence"):
 
-    k1 = −log r            unbiased; a sample may be negative, its mean may not
+    k1 = −log r            unbiased; a sample may be negative, its expectation may not
     k2 = ½ (log r)²        biased, never negative
     k3 = r − 1 − log r     unbiased, never negative; lower variance where the two are close
 

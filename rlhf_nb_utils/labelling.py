@@ -266,12 +266,12 @@ def simulated_annotator(noise: float = 1.0, seed: int = 0) -> Annotator:
 
 
 def label(
-    comparisons: Sequence[Comparison], path: str | Path, seed: int = 0, annotator: Annotator | None = None
+    comparisons: Sequence[Comparison], path: str | Path, seed: int = 0, noise: float = 1.0, annotator: Annotator | None = None
 ) -> LabellingWidget | SimulatedLabels:
     """Lets the reader label ``comparisons`` by hand into the file ``path``; run again, it goes on where they stopped.
 
     Show the result as the last line of a cell; ``.labels()`` reads what is in the file by then. Headless (papermill,
-    nbval, a script) nobody can label: ``annotator``, by default `simulated_annotator` with ``noise=1`` and ``seed``,
+    nbval, a script) nobody can label: ``annotator``, by default `simulated_annotator` with ``noise`` and ``seed``,
     does it at once and a line says so. Its labels go to a file beside ``path`` (``x.jsonl``: ``x.simulated.jsonl``),
     written afresh each time: they never mix with those made by hand, and mark nothing as done.
     """
@@ -279,7 +279,7 @@ def label(
 
     if widgets.in_browser():
         return LabellingWidget(Session(comparisons, path, seed))
-    annotator, path = annotator or simulated_annotator(seed=seed), Path(path)
+    annotator, path = annotator or simulated_annotator(noise, seed), Path(path)
     labels = [rank(c, annotator(c)) for c in check(comparisons)]
     simulated = SimulatedLabels(path.with_stem(path.stem + ".simulated"))
     preferences.save_labels(simulated.path, labels)

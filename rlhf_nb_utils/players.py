@@ -142,25 +142,11 @@ def player(recording: dict) -> Player:
 # --- the clinic -------------------------------------------------------------------------------------------------------
 
 
-@plots.styled
-def draw_case(case: Case, columns: int = 3) -> plots.Figure:
-    """Every curve asked of a case so far, a panel each: the sick run, and the healthy one pale behind it.
-
-    Nothing is asked here. Where a number of the log was not finite the line has a gap.
-    """
-    curves = [question for question in case.asked if question != "samples"]
-    rows = max(1, -(-len(curves) // columns))
-    figure, axes = plots.new_axes(rows, columns, (2.5 * columns, 2.0 * rows))
-    for index, (ax, question) in enumerate(zip(axes, curves)):
-        answer = case.ask(question)  # asked before: not counted again
-        for run, look in ((answer.healthy, {"color": plots.GREY, "marker": ""}), (answer.sick, plots.series_look(index))):
-            values = np.array([np.nan if value is None else value for value in run], float)
-            ax.plot(np.arange(1, len(values) + 1), values, markevery=max(1, len(values) // 8), **look)
-        ax.set_title(question, fontsize=10)
-        ax.set_xlabel("iteration", fontsize=9)
-    for spare in axes[len(curves) :]:
-        spare.remove()
-    return figure
+def draw_case(case: Case) -> plots.Figure:
+    """Every curve asked of a case so far, a panel each: the sick run, and the healthy one in grey. Nothing is asked here."""
+    # Asked before: not counted again.
+    answers = {question: case.ask(question) for question in case.asked if question != "samples"}
+    return plots.plot_beside({q: a.sick for q, a in answers.items()}, {q: a.healthy for q, a in answers.items()})
 
 
 class Desk(widgets.Interactive):

@@ -50,11 +50,32 @@ def require_mirror() -> Path:
     return mirror
 
 
+def find_chromium() -> str | None:
+    """The path of Chromium: what RLHF_NB_CHROMIUM names, or the first on the PATH; None where there is none."""
+    named = os.environ.get("RLHF_NB_CHROMIUM")
+    names = [named] if named else ["chromium", "chromium-browser", "google-chrome"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="session")
+def require_browser() -> str:
+    """The path of Chromium. Without one the test is skipped; under RLHF_NB_BROWSER=required it fails."""
+    chromium = find_chromium()
+    if chromium is None:
+        message = "no Chromium on the PATH: install one, or name it in RLHF_NB_CHROMIUM"
+        if os.environ.get("RLHF_NB_BROWSER") == "required":
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+    return chromium
+
+
 @pytest.fixture(autouse=True)
 def _markers_are_kept(request):
-    """A test marked `mirror` or `cuda` runs only where there is one."""
+    """A test marked `mirror`, `browser` or `cuda` runs only where there is one."""
     if request.node.get_closest_marker("mirror"):
         request.getfixturevalue("require_mirror")
+    if request.node.get_closest_marker("browser"):
+        request.getfixturevalue("require_browser")
     if request.node.get_closest_marker("cuda"):
         import torch
 

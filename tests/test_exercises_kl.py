@@ -1,6 +1,7 @@
-"""Exercise of 05 that adapts β: by hand, beside the package, and as readers get it wrong. The others: test_exercises.py."""
+"""Exercises of 05: β adapted by hand and beside the package, and what readers get wrong. More in test_exercises.py."""
 
 import pytest
+import torch
 
 from rlhf_nb_utils import exercises
 from rlhf_nb_utils.exercises import EXERCISES, base
@@ -48,3 +49,32 @@ def test_other_ways_to_go_wrong():
 
     assert "the sign is turned" in base.verdict(ADAPTED, turned)
     assert "n / horizon is missing" in base.verdict(ADAPTED, at_once)
+
+
+# --- place_score --------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_stands_behind_the_end_earns_nothing():
+    kl = torch.tensor([[0.5, -1.0, torch.nan], [0.25, torch.inf, -torch.inf]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    rewards = EXERCISES["place_score"].solution(kl, torch.tensor([2.0, -1.0]), mask, 0.2)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 2.2, 0.0], [-1.05, 0.0, 0.0]]))
+
+
+def test_a_mask_that_multiplies_is_told_of_nan():
+    def place_score(kl, scores, mask, beta):
+        last = torch.nn.functional.one_hot(mask.sum(1) - 1, mask.shape[1])
+        return last * scores[:, None] - beta * kl * mask.float()
+
+    assert "0 · NaN is NaN" in base.verdict(EXERCISES["place_score"], place_score)
+
+
+def test_another_way_to_choose_is_accepted():
+    def place_score(kl, scores, mask, beta):
+        rewards = torch.zeros_like(kl)
+        for row, n in enumerate(mask.sum(1).tolist()):
+            rewards[row, :n] = -beta * kl[row, :n]
+            rewards[row, n - 1] += scores[row]
+        return rewards
+
+    assert base.verdict(EXERCISES["place_score"], place_score) == ""

@@ -45,6 +45,14 @@ def test_response_logprob_is_a_loop_and_the_package():
     torch.testing.assert_close(found, package)
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_what_the_logits_are_past_the_end_does_not_matter(garbage):
+    logits, responses, mask = batch()
+    torch.testing.assert_close(
+        LOGPROB(logits.masked_fill(~mask[..., None], garbage), responses, mask), LOGPROB(logits, responses, mask)
+    )
+
+
 def test_the_probabilities_of_all_responses_add_up_to_one():
     logits = batch()[0][:1, :3, :4]
     responses = torch.tensor(list(itertools.product(range(4), repeat=3)))  # (64, 3)
@@ -55,7 +63,7 @@ def test_the_probabilities_of_all_responses_add_up_to_one():
 def test_response_logprob_may_be_written_otherwise(capsys):
     def response_logprob(logits, responses, mask):
         taken = torch.gather(logits, 2, responses[..., None])[..., 0] - torch.logsumexp(logits, 2)
-        return (taken * mask).sum(dim=-1)
+        return taken.masked_fill(~mask, 0.0).sum(dim=-1)
 
     assert exercises.check(response_logprob) is response_logprob
     assert capsys.readouterr().out == "response_logprob: right, and used from here on\n"
@@ -66,7 +74,7 @@ def test_a_reader_who_forgets_the_mask_is_told(capsys):
         return -torch.nn.functional.cross_entropy(logits.mT, responses, reduction="none").sum(-1)
 
     assert exercises.check(response_logprob) is LOGPROB
-    assert capsys.readouterr().out.startswith("response_logprob: tokens behind the end are counted")
+    assert capsys.readouterr().out.startswith("response_logprob: tokens after the end are counted")
 
 
 def mean(logits, responses, mask):
@@ -82,12 +90,16 @@ def product(logits, responses, mask):
 
 def unnormalised(logits, responses, mask):
     rows, columns = torch.arange(len(logits))[:, None], torch.arange(logits.shape[1])
-    return (logits[rows, columns, responses] * mask).sum(1)
+    return logits[rows, columns, responses].masked_fill(~mask, 0.0).sum(1)
 
 
 def shifted(logits, responses, mask):
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, responses[:, 1:, None]).squeeze(-1)
-    return (logprobs * mask[:, 1:]).sum(1)
+    return logprobs.masked_fill(~mask[:, 1:], 0.0).sum(1)
+
+
+def times_mask(logits, responses, mask):
+    return -(torch.nn.functional.cross_entropy(logits.mT, responses, reduction="none") * mask).sum(-1)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,7 @@ def shifted(logits, responses, mask):
         (product, "this is the probability"),
         (unnormalised, "these are raw logits"),
         (shifted, "the logits are shifted once too often"),
+        (times_mask, "0 × nan is nan"),
     ],
 )
 def test_what_a_reader_of_response_logprob_is_told(attempt, said):

@@ -57,6 +57,11 @@ def test_wrong_bradley_terry_losses():
     def bradley_terry_loss(chosen, rejected, margin):
         return torch.log(1 + torch.exp(rejected - chosen + margin)).mean()
 
+    told(bradley_terry_loss, "the exponential or the sigmoid leaves float32")
+
+    def bradley_terry_loss(chosen, rejected, margin):
+        return torch.log1p(torch.exp(-(chosen - rejected - margin))).mean()
+
     told(bradley_terry_loss, "makes the loss inf")
 
     def bradley_terry_loss(chosen, rejected, margin):

@@ -123,6 +123,12 @@ def test_wrong_response_masks():
 
     told(response_mask, "goes on behind the first EOS")
 
+    def response_mask(responses, eos_id):
+        is_eos = (responses == eos_id).int()
+        return 1 - (is_eos.cumsum(1) - is_eos).clamp(max=1)
+
+    told(response_mask, "a bool is asked for")
+
 
 def test_the_last_eos_is_answered_in_the_notebook(capsys):
     def response_mask(responses, eos_id):

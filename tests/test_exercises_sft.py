@@ -118,6 +118,15 @@ def test_accumulated_loss_is_a_loop_and_the_package_and_so_is_its_gradient():
     torch.testing.assert_close(torch.autograd.grad(found, one), torch.autograd.grad(package, other))
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+def test_what_the_losses_are_past_the_end_changes_neither_the_loss_nor_its_gradient(garbage):
+    losses, mask, sizes = micro_batches()
+    one, other = losses.clone().requires_grad_(), losses.masked_fill(~mask, garbage).requires_grad_()
+    found = [LOSS(x.split(sizes), mask.split(sizes)) for x in (one, other)]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(torch.autograd.grad(found[0], one), torch.autograd.grad(found[1], other))
+
+
 def test_where_the_batch_is_cut_changes_nothing():
     losses, mask, _ = micro_batches()
     found = [LOSS(losses.split(size), mask.split(size)) for size in range(1, 8)]
@@ -149,7 +158,7 @@ def rows(losses, masks):
 
 
 def padding(losses, masks):
-    return torch.cat([(loss * mask).flatten() for loss, mask in zip(losses, masks)]).mean()
+    return torch.cat([loss.masked_fill(~mask, 0.0).flatten() for loss, mask in zip(losses, masks)]).mean()
 
 
 def total(losses, masks):
@@ -158,8 +167,15 @@ def total(losses, masks):
 
 def overwritten(losses, masks):
     for loss, mask in zip(losses, masks):
-        result = (loss * mask).sum() / mask.sum()
+        result = loss[mask].mean()
     return result
+
+
+def times_mask(losses, masks):
+    total, count = 0.0, 0
+    for loss, mask in zip(losses, masks):
+        total, count = total + (loss * mask.float()).sum(), count + int(mask.sum())
+    return total / count
 
 
 @pytest.mark.parametrize(
@@ -169,6 +185,7 @@ def overwritten(losses, masks):
         (padding, "padding is in the divisor"),
         (total, "this is the sum"),
         (overwritten, "only the last micro-batch"),
+        (times_mask, "0 × inf is nan"),
     ],
 )
 def test_what_a_reader_of_accumulated_loss_is_told(attempt, said):

@@ -291,6 +291,15 @@ def test_the_annotator_can_be_chosen(path, capsys):
         labelling.label([comparison(0)], path, annotator=lambda c: [1])
 
 
+def test_headless_labels_are_as_noisy_as_the_caller_says(path, capsys):
+    items = comparisons(2000)
+    assert labelling.label(items[:40], path, noise=0.0).labels() == items[:40]
+    for noise, law in ((0.5, 0.8808), (3.0, 0.5826)):  # sigmoid(2), sigmoid(1 / 3)
+        labels = labelling.label(items, path, seed=1, noise=noise).labels()
+        share = sum(found == given for found, given in zip(labels, items)) / len(items)
+        assert abs(share - law) < 4 * (law * (1 - law) / len(items)) ** 0.5
+
+
 def test_simulated_labels_follow_the_law_of_the_annotator():
     annotator, n = labelling.simulated_annotator(noise=2.0, seed=0), 2000
     share = sum(annotator(c)[0] == 0 for c in comparisons(n)) / n

@@ -5,11 +5,10 @@ from itertools import product
 
 import numpy as np
 import pytest
-from recordings import made_up
+from recordings import made_up, sick_runs
 
 from rlhf_nb_utils import players, simulator, widgets
 from rlhf_nb_utils.clinic import Clinic
-from rlhf_nb_utils.mistakes import DIAGNOSTICS, HEALTHY
 from rlhf_nb_utils.simulator import Point, Simulation
 
 TONE, SAFETY = simulator.SCENARIOS
@@ -93,18 +92,8 @@ def test_a_run_plays_by_itself_until_reset(recording, monkeypatch):
 # --- the clinic's desk --------------------------------------------------------------------------------------------------
 
 
-def ward():
-    """A recording of two sick runs and a healthy one; one log number of the first was not finite."""
-    runs = {}
-    for level, name in enumerate((HEALTHY, "no KL penalty", "KL sign inverted")):
-        curves = {key: [float(level), level + 1.0, None if level == 1 else level + 2.0] for key in DIAGNOSTICS}
-        samples = [["It was", f" <i>{level}</i>."]]
-        runs[name] = {"settings": {}, "curves": curves, "watched": None, "samples": samples, "stopped": None}
-    return {"recipe": {}, "runs": runs}
-
-
 def test_the_desk_shows_what_was_asked_and_closes_a_case():
-    desk = players.desk(ward())
+    desk = players.desk(sick_runs())
     assert desk.present.label == "A" and desk.image.value == b"" and "0 asked, 10 points" in desk.said.value
     for question in ("kl", "samples"):
         desk.question.value = question
@@ -124,11 +113,11 @@ def test_the_desk_shows_what_was_asked_and_closes_a_case():
 
 
 def test_a_case_is_drawn_beside_the_healthy_run_with_a_gap_where_the_log_has_one():
-    clinic = Clinic(ward())
+    clinic = Clinic(sick_runs())
     case = next(case for case in clinic.cases if case._name == "no KL penalty")
     for question in ("kl", "entropy", "samples"):
         case.ask(question)
     axes = players.draw_case(case).axes
-    assert [ax.get_title(loc="left") for ax in axes] == ["kl", "entropy"] and len(case.asked) == 3
+    assert [ax.get_title(loc="left").split()[0] for ax in axes] == ["KL", "entropy,"] and len(case.asked) == 3
     healthy, sick = (line.get_ydata() for line in axes[0].lines)
     assert list(healthy) == [0, 1, 2] and list(sick[:2]) == [1, 2] and np.isnan(sick[2])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rlhf_nb_utils import plots
 from rlhf_nb_utils.evaluation import Interval, Row, WinRate
-from rlhf_nb_utils.plots import PlotError
+from rlhf_nb_utils.plots import PlotError, preference
 
 METRICS = [{"step": 2 * i, "kl": 0.1 * i, "score": float(i % 3)} for i in range(1, 13)]
 for row in METRICS[3::4]:  # evaluated at every fourth step
@@ -31,6 +31,7 @@ VARIANTS = [
 # Every plot function, drawn once with valid data.
 EXAMPLES = {
     "plot_curves": lambda: plots.plot_curves(METRICS, "kl", "score", smoothing=0.5),
+    "plot_beside": lambda: plots.plot_beside({"kl": [0.1, None, 0.3]}, {"kl": [0.1, 0.1, 0.2]}),
     "plot_loss": lambda: plots.plot_loss([{"step": i, "loss": 1 / i} for i in range(1, 50)]),
     "plot_token_kl": lambda: plots.plot_token_kl([" a", "$x$", "\n", "\x00", "é", "🎬"], [0.1, -0.2, 3, 0, 0.5, 1]),
     "plot_next_tokens": lambda: plots.plot_next_tokens([" a", "$b$"], {"T = 1": [0.5, 0.2], "T = 2": [0.4, 0.3]}),
@@ -207,7 +208,7 @@ def test_calibration_shows_the_share_in_each_bin_and_its_count():
 
 
 def test_calibration_intervals_are_wilsons():
-    low, high = plots._wilson(np.array([0.0, 0.8]), np.array([10, 10]))
+    low, high = preference._wilson(np.array([0.0, 0.8]), np.array([10, 10]))
     np.testing.assert_allclose([low, high], [[0, 0.4902], [0.2775, 0.9433]], atol=1e-4)  # from published tables
 
 
@@ -357,3 +358,15 @@ def test_colours_of_the_style_differ_in_lightness_or_come_with_another_marker():
     with plt.style.context(plots.STYLE):
         looks = matplotlib.rcParams["axes.prop_cycle"].by_key()
     assert len(set(looks["color"])) == len(set(looks["marker"])) == len(looks["color"]) >= 6
+
+
+def test_a_run_beside_a_healthy_one():
+    sick, healthy = {"kl": [1.0, None, 3.0], "entropy": [2.0]}, {"kl": [0.0, 1.0, 2.0], "entropy": [1.0, 1.0], "score": [0.0]}
+    figure = plots.plot_beside(sick, healthy)
+    assert len(figure.axes) == 2
+    grey, coloured = (line.get_ydata() for line in figure.axes[0].lines)
+    assert list(grey) == [0, 1, 2] and list(coloured[[0, 2]]) == [1, 3] and np.isnan(coloured[1])
+    assert [len(line.get_xdata()) for line in figure.axes[1].lines] == [2, 1]
+    for wrong in ({}, {"loss": [1.0]}):
+        with pytest.raises(PlotError, match="both runs"):
+            plots.plot_beside(wrong, healthy)

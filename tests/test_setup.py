@@ -23,12 +23,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # A module imports only from those before it.
 ORDER = [
-    *("config", "hub", "tensor_ops", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
+    *("config", "hub", "tensor_ops", "lm_head", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
     *("criteria", "preferences", "reward_model", "rollouts", "offload", "memory", "checkpoint", "tracking", "ppo", "evaluation"),
     *("stages", "learn", "learn_table", "ablations", "mistakes", "clinic", "simulator", "runner", "course", "exercises"),
     *("plots", "widgets", "labelling", "players"),
 ]
-TORCH_ONLY = {"tensor_ops", "kl", "gae", "exact", "offload"}
+TORCH_ONLY = {"tensor_ops", "lm_head", "kl", "gae", "exact", "offload"}
 MAY_IMPORT = {
     "transformers": {"models", "tokenizer_bridge", "reward_model", "rollouts"},
     "matplotlib": {"plots", "widgets", "players"},

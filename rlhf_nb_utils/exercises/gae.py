@@ -12,7 +12,7 @@ def gae(rewards, values, mask, gamma, lam):
 
         δ_t = r_t + γ V_{t+1} − V_t        A_t = δ_t + γλ A_{t+1}        returns = A + V
 
-    rewards, values: (B, T), whatever stands behind a response's end; values[:, t] is of the state *before* token t.
+    rewards, values: (B, T), any finite numbers behind a response's end; values[:, t] is of the state *before* token t.
     mask: (B, T) bool, True on real tokens (EOS included), which start in column 0. Nothing follows a row's last real token:
     the V and the A after it are 0. gamma, lam: floats. Returns (advantages, returns), both (B, T), 0 behind the end.
     """
@@ -59,7 +59,7 @@ def _whitened_too_early(rewards, values, mask, gamma, lam):
 def whitened(advantages, mask):
     """Advantages shifted and scaled to mean 0 and standard deviation 1 over all real tokens of the batch together.
 
-    advantages: (B, T), whatever stands behind a response's end; its real ones are not all equal. mask: (B, T) bool, True on
+    advantages: (B, T), any finite numbers behind a response's end; its real ones are not all equal. mask: (B, T) bool, True on
     real tokens. The standard deviation is the population's: divided by the count, not the count − 1. Returns (B, T), 0
     behind the end.
     """
@@ -97,8 +97,8 @@ _TWO_OR_MORE = torch.arange(4) < torch.tensor([[4], [2], [3]])  # a row of one h
 EXERCISES = (
     Exercise(
         title="GAE, padding and all",
-        difficulty=3,
-        minutes=20,
+        difficulty=2,
+        minutes=15,
         hint="Go from the last column to the first, all rows at once. What must rewards and values be behind the end for "
         "the loop not to notice that a row is over?",
         solution=gae,
@@ -116,8 +116,8 @@ EXERCISES = (
     ),
     Exercise(
         title="Whitening, of real tokens only",
-        difficulty=2,
-        minutes=10,
+        difficulty=1,
+        minutes=5,
         hint="`advantages[mask]` is a flat tensor of all real tokens: two statistics of it are enough for the whole batch.",
         solution=whitened,
         cases=[(_ADVANTAGES, _TWO_OR_MORE)],

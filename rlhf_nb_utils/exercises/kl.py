@@ -60,6 +60,12 @@ def _padding_is_paid(kl, scores, mask, beta):
     return rewards
 
 
+def _multiplied_by_the_mask(kl, scores, mask, beta):
+    rewards = -beta * kl * mask
+    rewards[torch.arange(len(kl)), mask.sum(1) - 1] += scores
+    return rewards
+
+
 def _kl_is_a_gain(kl, scores, mask, beta):
     return place_score(-kl, scores, mask, beta)
 
@@ -104,7 +110,7 @@ def _added(beta, d, n, target, horizon):
 
 _LOGPROBS = torch.tensor([[-0.5, -1.2, -3.0], [-0.1, -2.0, -0.7]])
 _REFERENCE = torch.tensor([[-0.9, -1.0, -3.0], [-0.4, -0.5, -2.2]])
-_KL = torch.tensor([[0.4, -0.2, 0.1, 0.3], [0.3, -1.5, 0.7, 0.2], [0.5, 0.1, 0.2, 0.9]])
+_KL = torch.tensor([[0.4, -0.2, 0.1, 0.3], [0.3, -1.5, 0.7, 0.2], [0.5, 0.1, torch.nan, 0.9]])  # NaN behind an end
 _MASK = torch.arange(4) < torch.tensor([[4], [2], [1]])
 
 EXERCISES = (
@@ -133,6 +139,9 @@ EXERCISES = (
             "the score stands in the last column: a response that ends earlier never sees its score": (_score_in_last_column),
             "the score stands on every token: a response of twenty tokens would earn it twenty times": _score_everywhere,
             "tokens behind the end are charged for their KL: nobody wrote them": _padding_is_paid,
+            "what stands behind the end is multiplied by 0, and 0 · NaN is NaN: choose by the mask instead, with torch.where": (
+                _multiplied_by_the_mask
+            ),
             "the sign of the KL is turned: leaving the reference is paid for, and the policy will": _kl_is_a_gain,
             "the score stands one behind the last real token: count from 0": _score_behind_the_end,
         },

@@ -11,8 +11,8 @@ def response_logprob(logits, responses, mask):
     """The log-probability of each whole response: of the chain of actions that the policy took, one token at a time.
 
     logits: (B, T, V), column t for the state *before* token t, not normalised; responses: (B, T) int64, the tokens, in
-    column t the one written at step t; mask: (B, T) bool, True on real tokens, EOS included. Behind a response's end stand
-    any valid ids and any logits. Returns (B,) in nats.
+    column t the one written at step t; mask: (B, T) bool, True on real tokens, EOS included. Past the end of a response the
+    ids may be any of the vocabulary, and the logits anything, NaN included. Returns (B,) in nats.
     """
     logprobs = logits.log_softmax(-1)  # (B, T, V): of every action in every state
     taken = logprobs.gather(-1, responses.unsqueeze(-1)).squeeze(-1)  # (B, T): of the action that was taken
@@ -21,6 +21,10 @@ def response_logprob(logits, responses, mask):
 
 def _padding_counts(logits, responses, mask):
     return response_logprob(logits, responses, torch.ones_like(mask))
+
+
+def _multiplied(logits, responses, mask):
+    return (logits.log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1) * mask).sum(1)
 
 
 def _mean_per_token(logits, responses, mask):
@@ -44,7 +48,7 @@ def sampled_tokens(iterations, prompts, response_length, num_ppo_epochs):
 
     iterations: of the whole run; prompts: those of one iteration, each answered by one response; response_length: tokens
     of a response; num_ppo_epochs: how often the update goes over an iteration's responses. All int. Returns two ints,
-    (sampled, gradients): a token that three epochs go over counts once in the first and three times in the second.
+    (sampled, gradients).
     """
     sampled = iterations * prompts * response_length
     return sampled, sampled * num_ppo_epochs
@@ -75,6 +79,7 @@ def _swapped(iterations, prompts, response_length, num_ppo_epochs):
 _LOGITS = 2 * torch.sin(torch.arange(60.0)).reshape(3, 4, 5)  # no two alike
 _RESPONSES = torch.tensor([[1, 4, 2, 0], [3, 0, 2, 4], [0, 3, 1, 2]])
 _MASK = torch.arange(4) < torch.tensor([[4], [2], [1]])
+_POISONED = torch.where(_MASK[..., None], _LOGITS, torch.nan)  # a model may give anything where there is no token
 
 EXERCISES = (
     Exercise(
@@ -84,9 +89,10 @@ EXERCISES = (
         hint="In each state the policy spreads probability over V actions, and took one of them. What becomes of a product of "
         "probabilities when you take its logarithm?",
         solution=response_logprob,
-        cases=[(_LOGITS, _RESPONSES, _MASK)],
+        cases=[(_LOGITS, _RESPONSES, _MASK), (_POISONED, _RESPONSES, _MASK)],
         mistakes={
-            "tokens behind the end are counted: the episode was over, so nobody chose them": _padding_counts,
+            "tokens after the end are counted: the episode was over, so nobody chose them": _padding_counts,
+            "0 × nan is nan: select the real tokens with the mask, do not multiply by it": _multiplied,
             "this is the mean per token: a chain of actions has the *sum* of their log-probabilities": _mean_per_token,
             "this is the probability, not its logarithm: for a response of fifty tokens, float32 rounds it to 0": _probability,
             "these are raw logits: without log_softmax they have no common zero, and nothing adds up to 1": _raw_logits,

@@ -39,7 +39,7 @@ def _baseline_alone(scores):
 def reward_to_go(rewards, mask):
     """What each token can still change: its own reward and those of the tokens after it, added up without discount.
 
-    rewards: (B, T), whatever stands behind a response's end; mask: (B, T) bool, True on real tokens (EOS included), which
+    rewards: (B, T), any finite numbers behind a response's end; mask: (B, T) bool, True on real tokens (EOS included), which
     start in column 0. Returns (B, T), 0 behind the end.
     """
     real = torch.where(mask, rewards, 0.0)
@@ -71,7 +71,7 @@ def policy_gradient_loss(logprobs, advantages, mask):
 
     One response's estimate is Σ_t A_t ∇log π(a_t|s_t), over its real tokens; that of the batch is the mean of its responses'.
     logprobs: (B, T), log π of the sampled tokens, with a gradient; advantages: (B, T), into which no gradient must flow;
-    both hold whatever stands behind a response's end. mask: (B, T) bool, True on real tokens. Returns a scalar.
+    both hold any finite numbers behind a response's end. mask: (B, T) bool, True on real tokens. Returns a scalar.
     """
     per_response = torch.where(mask, advantages.detach() * logprobs, 0.0).sum(1)
     return -per_response.mean()

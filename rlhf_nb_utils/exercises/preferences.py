@@ -10,8 +10,8 @@ from rlhf_nb_utils.exercises.base import Exercise
 def preference_probability(gold, noise):
     """The probability that a noisy annotator prefers the first response of each pair.
 
-    The annotator divides both scores by noise, adds to each a random whim of its own, and prefers the larger sum. The
-    difference of two whims is logistic: it is below z with probability 1 / (1 + exp(−z)).
+    The annotator divides both scores by noise, adds to each a random error of its own, and prefers the larger sum. The
+    difference of two such errors is logistic.
     gold: (N, 2) float array, scores of responses a and b, any sign; noise: float > 0. Returns (N,), P(a is preferred).
     """
     gap = (gold[:, 0] - gold[:, 1]) / noise
@@ -84,9 +84,9 @@ _LEFT = np.zeros(10, dtype=int)  # an annotator who always presses the same key
 EXERCISES = (
     Exercise(
         title="How sure is a noisy annotator?",
-        difficulty=2,
-        minutes=10,
-        hint="a wins when the whim of b exceeds that of a by less than what a has ahead of b.",
+        difficulty=1,
+        minutes=5,
+        hint="a wins when the error of b exceeds that of a by less than what a has ahead of b.",
         solution=preference_probability,
         cases=[(_GOLD, 0.5), (_GOLD, 2.0)],
         mistakes={

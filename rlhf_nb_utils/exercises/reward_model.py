@@ -129,7 +129,7 @@ EXERCISES = (
                 _margin_forgotten
             ),
             "chosen and rejected are turned round: the model learns to score the worse response higher": _turned_round,
-            "the sigmoid of a large negative lead is 0 before its log is taken: one surprising pair makes the loss inf": (
+            "the exponential or the sigmoid leaves float32 before its log is taken: one surprising pair makes the loss inf": (
                 _log_of_zero
             ),
             "this is the sum over pairs: the gradient grows with the batch, and the learning rate no longer fits": (

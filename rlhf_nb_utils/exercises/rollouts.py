@@ -70,6 +70,10 @@ def _cut_rows_forgotten(responses, eos_id):
     return torch.arange(responses.shape[1]) <= first
 
 
+def _ones_and_zeros(responses, eos_id):
+    return response_mask(responses, eos_id).long()
+
+
 def sampled_logprobs(logits, ids, temperature):
     """The logprob of each sampled token, under the distribution it was sampled from: softmax of logits / temperature.
 
@@ -147,6 +151,7 @@ EXERCISES = (
                 _up_to_the_second_eos
             ),
             "a row without EOS keeps only its first token: argmax finds no EOS and gives 0": _cut_rows_forgotten,
+            "right, but of 1 and 0: as an index those pick rows 1 and 0, so a bool is asked for": _ones_and_zeros,
         },
     ),
     Exercise(

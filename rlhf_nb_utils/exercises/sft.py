@@ -12,7 +12,8 @@ def sft_labels(ids, query_lengths, lengths, pad_id):
 
     ids: (B, S) int64, in each row the query from column 0 on, the response right after it, then padding; query_lengths: (B,)
     int64, tokens of the query; lengths: (B,) int64, tokens of query and response together, EOS included; pad_id: int, with
-    which rows are padded; it is the id of EOS as well. A response that was cut has no EOS.
+    which rows are padded; it is the id of EOS as well, and given as libraries give it: ask yourself whether you need it. A
+    response that was cut has no EOS.
     Returns (B, S) int64, not shifted: the label in a column is the token in this column, or −100.
     """
     columns = torch.arange(ids.shape[1], device=ids.device)
@@ -43,11 +44,11 @@ def _shifted(ids, query_lengths, lengths, pad_id):
 
 
 def accumulated_loss(losses, masks):
-    """The loss of a batch that was computed in micro-batches: the mean over all its real tokens, each with equal weight.
+    """The loss of a batch that was computed in micro-batches: what it would be, had all rows been in one.
 
-    losses: list of (b, T) tensors, one per micro-batch, the loss of every token, whatever stands behind a response's end;
-    masks: list of (b, T) bool, True on real tokens. Both b and T may differ between micro-batches. Every row has at least
-    one real token, the first. Returns a scalar tensor.
+    losses: list of (b, T) tensors, one per micro-batch, the loss of every token, and past a response's end anything, inf
+    included; masks: list of (b, T) bool, True on real tokens. Both b and T may differ between micro-batches. Every row has
+    at least one real token, the first. Returns a scalar tensor.
     """
     total = sum(torch.where(mask, loss, 0.0).sum() for loss, mask in zip(losses, masks))
     return total / sum(mask.sum() for mask in masks)
@@ -55,6 +56,10 @@ def accumulated_loss(losses, masks):
 
 def _mean_of_means(losses, masks):
     return torch.stack([accumulated_loss([loss], [mask]) for loss, mask in zip(losses, masks)]).mean()
+
+
+def _multiplied(losses, masks):
+    return sum((loss * mask).sum() for loss, mask in zip(losses, masks)) / sum(mask.sum() for mask in masks)
 
 
 def _mean_of_rows(losses, masks):
@@ -92,6 +97,7 @@ _MASKS = [
     torch.arange(3) < torch.tensor([[1]]),
     torch.arange(3) < torch.tensor([[2], [3]]),
 ]
+_POISONED = [torch.where(mask, loss, torch.inf) for loss, mask in zip(_LOSSES, _MASKS)]
 
 EXERCISES = (
     Exercise(
@@ -104,23 +110,22 @@ EXERCISES = (
         mistakes={
             "every EOS is masked, for padding has its id: the model is never shown an end, and never stops": _every_eos_masked,
             "the query is in the loss: at use it is given, so what is spent on it is lost to the response": _query_counts,
-            "the response's first token is missing: columns count from 0, so it stands in column query_lengths": (
-                _first_token_lost
-            ),
+            "the response's first token is missing: columns count from 0, so it is in column query_lengths": (_first_token_lost),
             "padding is in the loss: a short row then teaches EOS after EOS, and little else": _padding_counts,
             "the labels are shifted: a loss that shifts them itself, as most do, would skip a token": _shifted,
         },
     ),
     Exercise(
         title="One loss from several micro-batches",
-        difficulty=3,
+        difficulty=2,
         minutes=10,
         hint="Would the number change if all rows had fitted into one batch? Divide late.",
         solution=accumulated_loss,
         learnt=("losses",),
-        cases=[(_LOSSES, _MASKS), (_LOSSES[:2], _MASKS[:2])],
+        cases=[(_LOSSES, _MASKS), (_LOSSES[:2], _MASKS[:2]), (_POISONED, _MASKS)],
         mistakes={
             "this is the mean of the micro-batches' means: a token weighs more where there are few": _mean_of_means,
+            "0 × inf is nan: select the real tokens with the mask, do not multiply by it": _multiplied,
             "this is the mean of the rows' means: a token of a short response weighs more than one of a long one": _mean_of_rows,
             "padding is in the divisor: the more of it a batch holds, the smaller its loss and gradient": _padding_divides,
             "this is the sum: with twice the tokens the gradient is twice as long": _sum,

@@ -1,0 +1,130 @@
+"""What every figure shares: the style, the looks of a series, labels with units, and what may not be drawn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from rlhf_nb_utils.config import CourseError
+
+# Load the backend now. The first figure would load it inside a style context, and what a notebook's backend sets (to show
+# figures at the end of a cell) would be undone when the style is.
+plt.switch_backend(matplotlib.get_backend())
+
+STYLE = str(Path(__file__).with_name("course.mplstyle"))
+INK, GREY, PALE = "#222222", "#777777", "#e6e6e6"
+STEPS = ("SFT", "preferences", "reward model", "rollouts", "KL", "policy gradient", "GAE", "PPO", "evaluation")
+
+# Axis label, with its unit, of the quantities a run logs. A key that is not here labels itself.
+LABELS = {
+    "iteration": "iteration",
+    "episodes": "episodes",
+    "loss": "loss, nats per response token",
+    "heldout_loss": "held-out loss, nats per token",
+    "score": "score of the reward model",
+    "score_normalised": "score, reference std",
+    "evaluation_score": "score on held-out prompts",
+    "reward": "reward per response",
+    "kl": "KL (k1), nats per response",
+    "kl_k3": "KL (k3), nats per response",
+    "kl_coef": "KL coefficient β",
+    "length": "response length, tokens",
+    "eos_rate": "responses that end by EOS",
+    "entropy": "entropy, nats per token",
+    "approxkl": "approxkl of the update, nats per token",
+    "clipfrac": "clipped tokens, share",
+    "ratio": "mean probability ratio",
+    "value_loss": "value loss, squared reward units",
+    "explained_var": "explained variance of the critic",
+    "td_error": "mean squared TD error",
+    "value": "mean value",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "tokens_per_second": "sampled tokens per second",
+    "peak_memory_mib": "peak memory, MiB",
+    "accuracy": "pairs in the right order, training",
+    "heldout_accuracy": "pairs in the right order, held out",
+    "gap": "score of chosen − rejected",
+    "reward_model/loss": "loss, nats per comparison",
+}
+
+
+class PlotError(CourseError):
+    """Data that cannot be drawn."""
+
+
+def axis_label(key: str) -> str:
+    """Axis label of a metric, with or without its stage in front: "sft/loss" is a "loss"."""
+    return LABELS.get(key, LABELS.get(key.rpartition("/")[2], key))
+
+
+def use_style() -> None:
+    """The course's style for figures a notebook draws itself; ``plot_*`` functions need no call."""
+    plt.style.use(STYLE)
+
+
+def styled(function):
+    """A function that draws a figure, in the course's style."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs) -> Figure:
+        with plt.style.context(STYLE):
+            figure = function(*args, **kwargs)
+            for ax in figure.axes:  # ticks made later, outside this context, would forget the style
+                ax.tick_params(labelsize=10, colors="#444444", labelcolor=INK)
+            return figure
+
+    return wrapper
+
+
+def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4), **kwargs):
+    """A figure outside pyplot's list, and its axes, flat."""
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
+    plt.close(figure)
+    return figure, list(axes.flat)
+
+
+def canvas(ax, size: tuple[float, float] = (6.4, 3.4)):
+    if ax is not None:
+        return ax
+    return new_axes(size=size)[1][0]
+
+
+def finite(values, what: str, ndim: int | None = 1) -> np.ndarray:
+    """Finite, not empty, float64; tensors are welcome."""
+    values = values.detach().float().cpu().numpy() if hasattr(values, "detach") else values
+    values = np.asarray(values, dtype=float)
+    if not values.size:
+        raise PlotError(f"no {what} to draw: run the cells above, or the stage, first")
+    if ndim is not None and values.ndim != ndim:
+        raise PlotError(f"{what}: an array of {ndim} dimension(s) is needed, not shape {values.shape}")
+    if not np.isfinite(values).all():
+        raise PlotError(f"{what}: {int((~np.isfinite(values)).sum())} of {values.size} values are not finite")
+    return values
+
+
+def same_length(what: str, *arrays) -> None:
+    if len({len(a) for a in arrays}) > 1:
+        raise PlotError(f"{what} must be equally long, not {', '.join(str(len(a)) for a in arrays)}")
+
+
+def finite_series(series: Mapping, what: str) -> dict[str, np.ndarray]:
+    if not series:
+        raise PlotError(f"no {what} to draw: give at least one named series")
+    return {str(name): finite(values, f"{what} {name!r}") for name, values in series.items()}
+
+
+def mark_every(count: int) -> int:
+    return max(1, count // 10)
+
+
+def series_look(index: int) -> dict:
+    """Colour and marker number ``index`` of the style's cycle."""
+    looks = matplotlib.rcParams["axes.prop_cycle"].by_key()
+    return {key: looks[key][index % len(looks[key])] for key in ("color", "marker")}

@@ -1,0 +1,1 @@
+"""Tests in a real browser. A package, so that its server and its browser stop with its last test."""
