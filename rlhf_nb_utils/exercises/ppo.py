@@ -157,8 +157,8 @@ _VALUES = [
 EXERCISES = (
     Exercise(
         title="The clipped surrogate",
-        difficulty=2,
-        minutes=10,
+        difficulty=1,
+        minutes=5,
         hint="A difference of logarithms is the logarithm of a ratio. The clip may take gain away from a token and never give"
         " it any, so of the two surrogates the more pessimistic one counts; `mask` chooses what is averaged.",
         solution=policy_loss,
@@ -197,8 +197,8 @@ EXERCISES = (
     ),
     Exercise(
         title="What an update did",
-        difficulty=3,
-        minutes=15,
+        difficulty=2,
+        minutes=10,
         hint="k3 needs a ratio with mean 1 when the policy that *sampled* draws the tokens. Of the clip's four cases (moved up or"
         " down, pulled up or down) two are held back: those where the token moved as it was asked to.",
         solution=update_statistics,
