@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_nb_utils import checkpoint, learn, stages
+from rlhf_nb_utils import checkpoint, learn, stages, store
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, load_config, runs_dir
 from rlhf_nb_utils.learn_table import spread
@@ -109,7 +109,7 @@ def measure(cfg: Config) -> dict:
 def measured(cfg: Config) -> dict:
     """`measure`, or what it found before: the evaluation of a hundred runs is an hour's work of its own."""
     code = hashlib.sha256(inspect.getsource(measure).encode()).hexdigest()[:8]
-    path = runs_dir() / cfg.profile / "variants" / f"{stages.stage_hash(cfg, 'learn')}-{code}.json"
+    path = runs_dir() / cfg.profile / "variants" / f"{store.stage_hash(cfg, 'learn')}-{code}.json"
     if not path.exists():
         found = measure(cfg)
         path.parent.mkdir(parents=True, exist_ok=True)

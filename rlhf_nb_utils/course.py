@@ -51,8 +51,7 @@ def stage(name: str, cfg: Config) -> Path:
     """Build stage ``name``, or reuse it if it is there, and return its folder."""
     from . import stages
 
-    getattr(stages, name)(cfg)
-    return stages.stage_dir(cfg, name)
+    return getattr(stages, name)(cfg).path
 
 
 def bounds(field: Any) -> str:

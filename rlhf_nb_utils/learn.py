@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlhf_nb_utils import checkpoint, data, models, stages
+from rlhf_nb_utils import checkpoint, data, models, stages, store
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import Config, CourseError, load_config
 from rlhf_nb_utils.data import Comparison
@@ -76,7 +76,7 @@ def evaluate(cfg: Config, queries: list[str]) -> tuple[ev.Evaluation, ev.Evaluat
     return before, after
 
 
-def measure(profile: str, seed: int, overrides: dict) -> stages.Stage:
+def measure(profile: str, seed: int, overrides: dict) -> store.Stage:
     """All measurements of one seed, as a stage: per-prompt columns in ``prompts.json``, per-run figures in its summary."""
     cfgs = variants(profile, seed, overrides)
     cfg = cfgs["main"]
@@ -115,7 +115,7 @@ def measure(profile: str, seed: int, overrides: dict) -> stages.Stage:
             "threads": torch.get_num_threads(),
         }
 
-    return stages.build(cfg, "learn", make)
+    return store.build(cfg, "learn", make)
 
 
 def _best_of_n(cfg: Config, queries: list[str]) -> ev.BestOfN:

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from rlhf_nb_utils import ablations, checkpoint, data, models, ppo, rollouts, stages
+from rlhf_nb_utils import ablations, checkpoint, data, models, ppo, rollouts, stages, store
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError, load_config
 from rlhf_nb_utils.gae import gae, token_rewards
@@ -272,8 +272,8 @@ def _with_settings(mistake: Mistake) -> list[tuple[ModuleType, str, Callable]]:
     return [(ppo, "prepare", sick_prepare), (ppo, "train", sick_train)]
 
 
-def _find_only(cfg: Config, name: str, make: Callable, resumes: bool = False) -> stages.Stage:
-    if stage := stages.find(cfg, name):
+def _find_only(cfg: Config, name: str, make: Callable, resumes: bool = False) -> store.Stage:
+    if stage := store.find(cfg, name):
         return stage
     raise MistakeError(f"stage {name} is not built while a mistake is made: build it first, or call ppo.prepare and ppo.train")
 
@@ -311,9 +311,9 @@ def run(cfg: Config, name: str = HEALTHY) -> dict[str, Any]:
     ``watched`` is measured afterwards by sound code, on prompts kept from training: the share the annotator finds positive,
     exact KL to the SFT policy, length, EOS rate; None where the run could not go on to the end, and ``stopped`` says why.
     """
-    policy, tokenizer = stages.load_policy(stages.require(cfg, "sft"), cfg)
+    policy, tokenizer = stages.load_policy(store.require(cfg, "sft"), cfg)
     reference = models.frozen_copy(policy)  # to measure by: the sick run makes its own
-    scored = stages.require(cfg, "reward_model")
+    scored = store.require(cfg, "reward_model")
     scorer = stages.annotator(cfg) if cfg.ppo.reward == "annotator" else stages.load_reward_model(scored, cfg).score
     prompts = data.load_prompts(cfg.data, "ppo")
     kept = min(stages.WATCHED_PROMPTS, len(prompts) // 4)

@@ -214,14 +214,17 @@ def make_batch(state: TrainState, reward_fn: RewardFn, queries: list[str], rollo
 
 
 def _ref_logprobs(reference: Policy, rollout: Rollout, parts: int, cfg: Config) -> torch.Tensor:
-    """Logprobs (B, T) of the sampled tokens under the reference, ``parts`` times, as many rows as one update holds."""
-    out = []
-    for rows in torch.arange(len(rollout)).chunk(parts):
-        part = rollout[rows]
+    """Logprobs (B, T) of the sampled tokens under the reference, 0 off the mask; in ``parts``, as large as an update's.
+
+    Rows of like length go together, without the columns that are padding in all of them.
+    """
+    out = torch.zeros_like(rollout.logprobs)
+    for rows in rollout.lengths.argsort(stable=True).chunk(parts):
+        part = rollout[rows].trimmed()
+        width, temperature = part.mask.shape[1], cfg.rollouts.temperature
         with autocast(part.mask.device, cfg.models.autocast):
-            width, temperature = part.mask.shape[1], cfg.rollouts.temperature
-            out.append(reference.logprobs(part.input_ids, part.attention_mask, width, temperature))
-    return torch.cat(out)
+            out[rows, :width] = reference.logprobs(part.input_ids, part.attention_mask, width, temperature) * part.mask
+    return out
 
 
 def check(cfg: Config) -> None:

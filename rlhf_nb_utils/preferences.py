@@ -199,7 +199,7 @@ def append_label(path: str | Path, comparison: Comparison, skipped: bool = False
     """Add one label to a JSONL file and wait until it is on the disk: an hour of labelling survives a power cut.
 
     A last line that an earlier crash left half written is cut off first. ``skipped``: seen, no preference; it is not
-    shown again and is no label.
+    shown again and is no label. Raises PreferenceError where the last line is no beginning of a label: the file is another's.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,10 +208,12 @@ def append_label(path: str | Path, comparison: Comparison, skipped: bool = False
         whole = file.read()
         end = whole.rfind(b"\n") + 1
         if end < len(whole):
-            if _parse(whole[end:]) is None:
+            if _parse(whole[end:]) is not None:
+                file.write(b"\n")
+            elif _is_cut(whole[end:]):
                 file.truncate(end)
             else:
-                file.write(b"\n")
+                raise PreferenceError(f"{path}, last line is not a label: mend or delete that line, or name another file")
         file.write(_record(comparison, skipped))
         file.flush()
         os.fsync(file.fileno())
@@ -249,8 +251,18 @@ def _parse(line: bytes) -> dict | None:
         record = json.loads(line)
     except ValueError:
         return None
-    whole = isinstance(record, dict) and {"id", "query", "responses"} <= record.keys()
-    return record if whole else None
+    whole = isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("id", "query"))
+    return record if whole and _all(record.get("responses"), str) and _all(record.get("scores") or [], (int, float)) else None
+
+
+def _all(values: object, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a line that is no label may be the beginning of one."""
+    begins = b'{"id": "'
+    return line.startswith(begins) or begins.startswith(line)
 
 
 def _records(path: Path) -> list[dict]:
@@ -261,6 +273,6 @@ def _records(path: Path) -> list[dict]:
         raise PreferenceError(f"no labels file at {path} ({error.strerror}): label some pairs first") from error
     records = [_parse(line) for line in lines]
     bad = [i for i, (line, record) in enumerate(zip(lines, records)) if line.strip() and record is None]
-    if bad and bad[0] < len(lines) - 1:
+    if bad and (bad[0] < len(lines) - 1 or not _is_cut(lines[-1])):
         raise PreferenceError(f"{path}, line {bad[0] + 1} is not a label: mend or delete that line")
     return [record for record in records if record is not None]

@@ -61,6 +61,16 @@ class Rollout:
     def __getitem__(self, rows) -> Rollout:
         return Rollout(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
+    def trimmed(self) -> Rollout:
+        """The same rows, without the columns that are padding in all of them."""
+        start, end = self.queries.shape[1] - int(self.query_mask.sum(1).max()), int(self.lengths.max())
+
+        def cut(name: str) -> torch.Tensor:
+            x = getattr(self, name)
+            return x if x.ndim == 1 else x[:, start:] if name.startswith("quer") else x[:, :end]
+
+        return Rollout(*(cut(f.name) for f in dataclasses.fields(self)))
+
     def to(self, device) -> Rollout:
         return Rollout(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
 

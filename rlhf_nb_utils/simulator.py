@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlhf_nb_utils import ablations, checkpoint, data, models, ppo, stages
+from rlhf_nb_utils import ablations, checkpoint, data, models, ppo, stages, store
 from rlhf_nb_utils.config import Config, CourseError, load_config
 from rlhf_nb_utils.learn_table import spread
 from rlhf_nb_utils.rollouts import encode_queries, sample_many
@@ -118,7 +118,7 @@ def _build_shared(cfgs: list[Config], jobs: int) -> None:
     """The reward models, one for each criterion and noise: two processes must not build one stage at a time."""
     for cfg in cfgs[:1]:
         stages.sft(cfg)
-    shared = {stages.stage_hash(cfg, "reward_model"): cfg for cfg in cfgs}
+    shared = {store.stage_hash(cfg, "reward_model"): cfg for cfg in cfgs}
     spread(stages.reward_model, [(cfg,) for cfg in shared.values()], jobs)
 
 

@@ -109,8 +109,12 @@ def test_an_error_nobody_expected_keeps_its_traceback(monkeypatch):
 def test_stage_runs_the_stage_and_prints_where_it_lies(name, monkeypatch, capsys, tmp_path):
     built = []
     stages = types.ModuleType("rlhf_nb_utils.stages")
-    setattr(stages, name, built.append)
-    stages.stage_dir = lambda cfg, stage: runner.runs_dir() / cfg.profile / stage
+
+    def build(cfg):
+        built.append(cfg)
+        return types.SimpleNamespace(path=runner.runs_dir() / cfg.profile / name)
+
+    setattr(stages, name, build)
     monkeypatch.setitem(sys.modules, "rlhf_nb_utils.stages", stages)
     monkeypatch.setattr("rlhf_nb_utils.stages", stages, raising=False)
     arguments = ["stage", name, "--profile", "smoke", "--seed", "2", "--set", "ppo.kl_coef=0.3", "--out", str(tmp_path)]

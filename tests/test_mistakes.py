@@ -8,7 +8,7 @@ import torch
 from test_ablations import SMALL
 from test_ppo import EOS, PROMPTS, TOKENIZER, roll, settings, taste, tiny_policy
 
-from rlhf_nb_utils import ablations, mistakes, models, ppo, rollouts, stages
+from rlhf_nb_utils import ablations, mistakes, models, ppo, rollouts, stages, store
 from rlhf_nb_utils.config import TrainingError, load_config
 from rlhf_nb_utils.mistakes import DIAGNOSTICS, MISTAKES, MistakeError, made
 from rlhf_nb_utils.tracking import MetricsLogger
@@ -161,8 +161,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(ablations, "RECORDED", tmp_path / "recorded")
     monkeypatch.setattr(mistakes, "load_config", lambda profile, seed: cfg.model_copy(update={"profile": profile, "seed": seed}))
-    monkeypatch.setattr(stages, "_data_hash", lambda: "data")
-    monkeypatch.setattr(stages, "_code_hash", lambda *_: "code")
+    monkeypatch.setattr(store, "_data_hash", lambda: "data")
+    monkeypatch.setattr(store, "_code_hash", lambda *_: "code")
     monkeypatch.setattr(stages, "MetricsLogger", functools.partial(MetricsLogger, tensorboard=False))
     return cfg
 
@@ -171,7 +171,7 @@ def test_no_stage_is_built_while_a_mistake_is_made(small):
     for stage in (stages.sft, stages.ppo):
         with made("labels swapped"), pytest.raises(MistakeError, match="stage sft is not built while"):
             stage(small)
-    assert not stages.stage_dir(small, "sft").exists()
+    assert not store.stage_dir(small, "sft").exists()
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_a_recording_keeps_curves_samples_and_what_sound_code_measured(small, mo
     assert once["curves"]["clipfrac"] == [0, 0]
     assert swapped["curves"]["score"][0] == -healthy["curves"]["score"][0]
     # The healthy run is the one that the PPO stage makes; and no PPO stage was made of any.
-    assert stages.find(small, "ppo") is None and not list(stages.stage_dir(small, "ppo").parent.glob("ppo-*"))
+    assert store.find(small, "ppo") is None and not list(store.stage_dir(small, "ppo").parent.glob("ppo-*"))
     rows = stages.ppo(small).history
     for key, curve in healthy["curves"].items():
         assert curve == [float(f"{row[f'ppo/{key}']:.3g}") for row in rows]

@@ -276,14 +276,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(field):
 
 
 class Given:
-    """A reference whose logprobs are known; it is asked for some rows at a time, in order."""
+    """A reference whose logprobs are known; it is asked for some rows at a time, and knows each by its query."""
 
     def __init__(self, table):
-        self.table, self.at = table, 0
+        self.table = table
 
-    def logprobs(self, input_ids, *_):
-        self.at += len(input_ids)
-        return self.table[self.at - len(input_ids) : self.at]
+    def logprobs(self, input_ids, attention_mask, width, temperature):
+        assert input_ids.shape == attention_mask.shape and input_ids.shape[1] == 1 + width  # one token of each query is real
+        return self.table[input_ids[:, 0], :width]
 
 
 MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]).bool()
@@ -296,7 +296,8 @@ SCORES = [0.5, 1.5 - 1.0, -1.5, 1.5]
 def hand_made(monkeypatch, **changes):
     draw = torch.Generator().manual_seed(7)
     logprobs, ref, values = ((torch.randn(4, 4, generator=draw) - 2) for _ in range(3))
-    rollout = Rollout(torch.ones(4, 2).long(), torch.tensor([[0, 1]] * 4).bool(), torch.ones(4, 4).long(), MASK, ENDED,
+    queries = torch.stack([torch.full((4,), 9), torch.arange(4)], 1)  # the first token is padding
+    rollout = Rollout(queries, torch.tensor([[0, 1]] * 4).bool(), torch.ones(4, 4).long(), MASK, ENDED,
                       logprobs * MASK, values * MASK)  # fmt: skip
     cfg = settings(ppo__score_clip=1.5, ppo__gamma=0.9, ppo__lam=0.8, ppo__kl_coef=0.3, **changes)
     state = SimpleNamespace(reference=Given(ref), score_mean=1.0, score_std=2.0, kl_controller=FixedKL(cfg.ppo.kl_coef))

@@ -283,3 +283,26 @@ def test_the_file_is_plain_json_lines(tmp_path):
     pf.save_labels(path, [FIRST])
     record = json.loads(path.read_text(encoding="ascii"))
     assert record == {"id": "p-1", "query": FIRST.query, "responses": list(FIRST.responses), "scores": [1.5, -0.25]}
+
+
+@pytest.mark.parametrize("foreign", [b"my notes", b"[1, 2]", b'{"id": 3, "query": "q", "responses": ["a", "b"]}'])
+def test_a_file_of_somebody_elses_is_left_as_it_is(tmp_path, foreign):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(foreign)
+    with pytest.raises(pf.PreferenceError, match="not a label"):
+        pf.append_label(path, FIRST)
+    assert path.read_bytes() == foreign
+    with pytest.raises(pf.PreferenceError, match="not a label"):
+        pf.load_labels(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": None}, {"query": 1}, {"responses": "ab"}, {"responses": [1, 2]}, {"scores": "12"}, {"scores": [None, 1]}]
+)
+def test_a_line_with_the_right_keys_and_wrong_types_is_named(tmp_path, change):
+    path = tmp_path / "labels.jsonl"
+    record = {"id": "x", "query": "q", "responses": ["a", "b"], "scores": [1.0, 0.0]} | change
+    path.write_text(json.dumps(record) + "\n")
+    for read in (pf.load_labels, pf.done_ids):
+        with pytest.raises(pf.PreferenceError, match="line 1 is not a label"):
+            read(path)

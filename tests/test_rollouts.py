@@ -119,6 +119,19 @@ def test_many_batches_are_one_rollout_in_the_order_of_the_queries():
     torch.testing.assert_close(rollout.logprobs, fresh.detach() * rollout.mask, atol=1e-4, rtol=0)
 
 
+def test_trimmed_rows_lose_only_columns_of_padding():
+    policy = make_policy()
+    rollout = draw(policy)
+    rows = rollout.lengths.argsort()[:5]
+    part, trimmed = rollout[rows], rollout[rows].trimmed()
+    assert trimmed.mask.shape[1] == part.lengths.max() < part.mask.shape[1]
+    assert trimmed.query_mask[:, 0].any() and trimmed.query_mask.sum() == part.query_mask.sum()
+    assert trimmed.response_ids() == part.response_ids() and torch.equal(trimmed.ended, part.ended)
+    with torch.no_grad():
+        long, short = (policy.logprobs(r.input_ids, r.attention_mask, r.mask.shape[1])[r.mask] for r in (part, trimmed))
+    torch.testing.assert_close(short, long)
+
+
 def test_masks_are_no_views_of_each_other():
     rollout = draw(make_policy())
     rollout.attention_mask.zero_()

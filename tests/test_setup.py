@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 ORDER = [
     *("config", "hub", "tensor_ops", "lm_head", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
     *("criteria", "preferences", "reward_model", "rollouts", "offload", "memory", "checkpoint", "tracking", "ppo", "evaluation"),
-    *("stages", "learn", "learn_table", "ablations", "mistakes", "clinic", "simulator", "runner", "course", "exercises"),
+    *("store", "stages", "learn", "learn_table", "ablations", "mistakes", "clinic", "simulator", "runner", "course", "exercises"),
     *("plots", "widgets", "labelling", "players"),
 ]
 TORCH_ONLY = {"tensor_ops", "lm_head", "kl", "gae", "exact", "offload"}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf_nb_utils import data, models, stages
+from rlhf_nb_utils import data, models, stages, store
 from rlhf_nb_utils import ppo as ppo_
 from rlhf_nb_utils.checkpoint import CheckpointError
 from rlhf_nb_utils.config import CourseError, TrainingError, field_names, load_config
@@ -50,8 +50,8 @@ def invented_reviews():
 def isolate(patch, runs):
     """Runs in a folder of their own, on invented reviews, unmoved by whoever edits the package or data/ meanwhile."""
     patch.setenv("RLHF_NB_RUNS", str(runs))
-    patch.setattr(stages, "_data_hash", lambda: "data")
-    patch.setattr(stages, "_code_hash", lambda *_: "code")
+    patch.setattr(store, "_data_hash", lambda: "data")
+    patch.setattr(store, "_code_hash", lambda *_: "code")
     patch.setattr(stages, "MetricsLogger", functools.partial(MetricsLogger, tensorboard=False))
     patch.setattr(data, "_embedded", invented_reviews)
 
@@ -137,22 +137,22 @@ def files_under(folder):
 def test_all_five_stages_are_built_in_order_once_and_then_only_found(base, tmp_path, monkeypatch, capsys):
     isolate(monkeypatch, tmp_path)
     cfg = settings(base)
-    assert all(stages.find(cfg, name) is None for name in NAMES)
+    assert all(store.find(cfg, name) is None for name in NAMES)
     built = stages.evaluation(cfg)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("stage ")] == [
         f"stage {name}: building, because it is not there yet" for name in NAMES
     ]
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert stages.evaluation(cfg) == built == stages.find(cfg, "evaluation") == stages.require(cfg, "evaluation")
+    assert stages.evaluation(cfg) == built == store.find(cfg, "evaluation") == store.require(cfg, "evaluation")
     assert capsys.readouterr().out == "" and times == {path: path.stat().st_mtime_ns for path in times}
-    assert {path.name for path in (tmp_path / "smoke/stages").glob("[!.]*")} == {stages.stage_dir(cfg, n).name for n in NAMES}
+    assert {path.name for path in (tmp_path / "smoke/stages").glob("[!.]*")} == {store.stage_dir(cfg, n).name for n in NAMES}
 
 
 def test_what_the_stages_hold(here, straight):
     cfg = here.cfg
     evaluation = stages.evaluation(cfg)
-    sft, preferences, scored, trained = (stages.find(cfg, name) for name in NAMES[:4])
+    sft, preferences, scored, trained = (store.find(cfg, name) for name in NAMES[:4])
     assert [row["step"] for row in sft.history] == [1, 2, 3] and sft.summary["steps"] == 3  # 18 demonstrations, by 8
     assert sft.history[-1]["sft/heldout_loss"] == sft.summary["heldout_loss"] < sft.summary["heldout_loss_before"]
     train, heldout = stages.load_comparisons(preferences)
@@ -199,25 +199,25 @@ def test_what_the_stages_hold(here, straight):
 )  # fmt: skip
 def test_a_setting_changes_the_hash_of_the_stage_that_reads_it_and_of_all_after_it(here, change, first):
     changed = settings(here.folder, **change)
-    different = [stages.stage_hash(changed, name) != stages.stage_hash(here.cfg, name) for name in NAMES]
+    different = [store.stage_hash(changed, name) != store.stage_hash(here.cfg, name) for name in NAMES]
     assert different == [i >= NAMES.index(first) for i in range(5)]
 
 
 def test_the_seed_the_data_and_the_code_change_every_hash(here, monkeypatch):
     def hashes(cfg=here.cfg):
-        return [stages.stage_hash(cfg, name) for name in NAMES]
+        return [store.stage_hash(cfg, name) for name in NAMES]
 
     before = hashes()
     assert len({*before}) == 5 and hashes() == before
     seed = hashes(here.cfg.model_copy(update={"seed": 1}))
-    monkeypatch.setattr(stages, "_code_hash", lambda *_: "other")
+    monkeypatch.setattr(store, "_code_hash", lambda *_: "other")
     code = hashes()
-    monkeypatch.setattr(stages, "_data_hash", lambda: "other")
+    monkeypatch.setattr(store, "_data_hash", lambda: "other")
     assert not any(len({*row}) < 4 for row in zip(before, seed, code, hashes()))
 
 
 def test_no_setting_is_forgotten_by_the_hashes():
-    read = [key for keys in stages.SETTINGS.values() for key in keys]
+    read = [key for keys in store.SETTINGS.values() for key in keys]
     assert [name for name in field_names() if name not in read and name.split(".")[0] not in read] == []
 
 
@@ -234,21 +234,21 @@ def test_a_rebuild_says_what_changed(here, monkeypatch, capsys):
     assert lines(settings(here.folder, sft__learning_rate=1e-4, preferences__noise=2.0)) == [
         "preferences: building, because preferences.noise was 1.0 and is 2.0"
     ]
-    monkeypatch.setattr(stages, "_code_hash", lambda *_: "other")
+    monkeypatch.setattr(store, "_code_hash", lambda *_: "other")
     assert lines(here.cfg, "sft") == ["sft: building, because sft.learning_rate was 0.0001 and is 0.0005"]
-    monkeypatch.setattr(stages, "_code_hash", lambda *_: "third")
+    monkeypatch.setattr(store, "_code_hash", lambda *_: "third")
     assert lines(here.cfg, "sft") == ["sft: building, because the code changed"]
-    monkeypatch.setattr(stages, "_data_hash", lambda: "other")
+    monkeypatch.setattr(store, "_data_hash", lambda: "other")
     assert lines(here.cfg, "sft") == ["sft: building, because the data changed"]
 
 
 def test_a_model_trained_anew_in_the_same_folder_is_another_model(here, tmp_path):
     shutil.copytree(here.folder / "lm", tmp_path / "lm")
     cfg = settings(here.folder, models__policy=str(tmp_path / "lm"))
-    before = stages.stage_hash(cfg, "sft")
-    assert stages.stage_hash(cfg, "sft") == before
+    before = store.stage_hash(cfg, "sft")
+    assert store.stage_hash(cfg, "sft") == before
     os.utime(tmp_path / "lm/model.safetensors", ns=(1, 1))
-    assert stages.stage_hash(cfg, "sft") != before
+    assert store.stage_hash(cfg, "sft") != before
 
 
 # --- missing, half-written, locked --------------------------------------------------------------------------------------
@@ -267,40 +267,40 @@ def spoil(path, how):
 
 @pytest.mark.parametrize("how", ["no record", "half a record", "a file is missing", "a file is cut short"])
 def test_a_half_written_stage_is_not_found_and_is_built_anew(here, capsys, how):
-    whole = stages.require(here.cfg, "sft")
+    whole = store.require(here.cfg, "sft")
     weights = {name: tensor.clone() for name, tensor in load_file(whole.path / "model.safetensors").items()}
     spoil(whole.path, how)
-    assert stages.find(here.cfg, "sft") is None
-    with pytest.raises(stages.StageError, match="missing or stale"):
-        stages.require(here.cfg, "sft")
+    assert store.find(here.cfg, "sft") is None
+    with pytest.raises(store.StageError, match="missing or stale"):
+        store.require(here.cfg, "sft")
     again = stages.sft(here.cfg)
     assert "stage sft: building, because it is half-written" in capsys.readouterr().out
-    assert again.summary == whole.summary and stages.require(here.cfg, "sft") == again
+    assert again.summary == whole.summary and store.require(here.cfg, "sft") == again
     assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(again.path / "model.safetensors").items())
 
 
 def test_a_missing_stage_is_one_line_that_names_the_command(here):
-    with pytest.raises(stages.StageError) as error:
-        stages.require(here.cfg, "ppo")
+    with pytest.raises(store.StageError) as error:
+        store.require(here.cfg, "ppo")
     assert str(error.value) == "stage ppo is missing or stale: `python -m rlhf_nb_utils.course stage ppo --profile smoke`"
 
 
 def lock(cfg, name):
-    path = stages.stage_dir(cfg, name)
+    path = store.stage_dir(cfg, name)
     return FileLock(path.parent / f".{path.name}.lock")
 
 
 def test_two_builders_at_once_is_one_clear_line_and_readers_are_not_shut_out(here):
-    with lock(here.cfg, "ppo"), pytest.raises(stages.StageError) as error:
+    with lock(here.cfg, "ppo"), pytest.raises(store.StageError) as error:
         stages.ppo(here.cfg)
     assert str(error.value).startswith("stage ppo is being built by another run: wait for it") and "\n" not in str(error.value)
     assert not list(here.runs.glob("ppo-*"))
     with lock(here.cfg, "sft"):
-        assert stages.sft(here.cfg) == stages.find(here.cfg, "sft")
+        assert stages.sft(here.cfg) == store.find(here.cfg, "sft")
 
 
 def test_what_a_killed_build_left_is_not_mixed_into_the_next(here, capsys):
-    whole = stages.require(here.cfg, "sft")
+    whole = store.require(here.cfg, "sft")
     steps = [row["step"] for row in whole.history]
     partial = whole.path.with_name(whole.path.name + ".partial")
     whole.path.rename(partial)  # killed just before the rename
@@ -341,10 +341,10 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(here, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(models.Policy, "save", full)
-        with pytest.raises(stages.StageError, match=r"^the disk is full at .*: free some space; finished stages") as raised:
+        with pytest.raises(store.StageError, match=r"^the disk is full at .*: free some space; finished stages") as raised:
             stages.sft(settings(here.folder, sft__epochs=2))
     assert "\n" not in str(raised.value) and files_under(here.runs) == before
-    assert stages.find(here.cfg, "sft") and stages.sft(settings(here.folder, sft__epochs=2)).summary["steps"] == 6
+    assert store.find(here.cfg, "sft") and stages.sft(settings(here.folder, sft__epochs=2)).summary["steps"] == 6
 
 
 # --- PPO, stopped and resumed -------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def stop_at(iteration, error=Killed):
 
 
 def partial_of(cfg):
-    path = stages.stage_dir(cfg, "ppo")
+    path = store.stage_dir(cfg, "ppo")
     return path.with_name(path.name + ".partial")
 
 
@@ -385,7 +385,7 @@ def test_killed_with_sigkill_a_run_goes_on_from_its_checkpoint_to_the_same_end(h
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = partial_of(here.cfg)
-    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3] and stages.find(here.cfg, "ppo") is None
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3] and store.find(here.cfg, "ppo") is None
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000002"]
     done = []
     stage = stages.ppo(here.cfg, lambda state, *_: done.append(state.iteration))
@@ -420,8 +420,8 @@ def test_stopped_at_any_moment_a_run_goes_on_to_the_same_end_bit_for_bit(here, s
     stage = stages.ppo(here.cfg, lambda state, *_: iterations.append(state.iteration))
     assert len(iterations) == again
     assert_same(stage, straight)
-    assert stages.find(here.cfg, "ppo") == stage and not partial_of(here.cfg).exists()
-    sft, _ = stages.load_policy(stages.require(here.cfg, "sft"), here.cfg)
+    assert store.find(here.cfg, "ppo") == stage and not partial_of(here.cfg).exists()
+    sft, _ = stages.load_policy(store.require(here.cfg, "sft"), here.cfg)
     assert all(torch.equal(p, references[0][name]) for name, p in sft.lm.named_parameters())
 
 
@@ -487,7 +487,7 @@ def test_a_score_that_is_not_a_number_names_the_iteration_and_keeps_the_last_goo
             stages.ppo(here.cfg, lambda state, *_: sick.append(1) if state.iteration == 3 else None)
     assert "\n" not in str(error.value)
     assert [path.name for path in (partial_of(here.cfg) / "checkpoints").iterdir()] == ["000002"]
-    assert stages.find(here.cfg, "ppo") is None
+    assert store.find(here.cfg, "ppo") is None
     assert_same(stages.ppo(here.cfg), straight)
 
 
@@ -511,7 +511,7 @@ def test_a_run_may_be_rewarded_by_the_annotator_itself(here):
     for step, columns in watched.items():
         assert columns["gold"].mean() == pytest.approx(logged[step], abs=1e-4)
         assert abs(columns["proxy"].mean() - logged[step]) > 1e-3
-    assert stages.find(here.cfg, "ppo") is None  # another stage than the reward model's run
+    assert store.find(here.cfg, "ppo") is None  # another stage than the reward model's run
 
 
 def test_without_sft_the_policy_is_the_base_model(here):
@@ -562,11 +562,11 @@ def test_code_hash_is_of_what_a_stage_imports_and_of_no_comment(tmp_path):
     }
     for name, source in files.items():
         (package / f"{name}.py").write_text(source)
-    before = stages.code_hash("top", package)
+    before = store.code_hash("top", package)
 
     def after(name: str, source: str) -> str:
         (package / f"{name}.py").write_text(source)
-        found = stages.code_hash("top", package)
+        found = store.code_hash("top", package)
         (package / f"{name}.py").write_text(files[name])
         return found
 
@@ -581,12 +581,12 @@ def test_code_hash_is_of_the_modules_that_python_loads(tmp_path):
     loaded = {m.split(".")[1] for m in subprocess.check_output([sys.executable, "-c", code], text=True).split()}
     package = tmp_path / "rlhf_nb_utils"
     shutil.copytree(Path(stages.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    before = stages.code_hash(folder=package)
+    before = store.code_hash(folder=package)
     counted = set()
     for path in package.glob("*.py"):
         source = path.read_text(encoding="utf-8")
         path.write_text(source + "\nadded = 1\n", encoding="utf-8")
-        if stages.code_hash(folder=package) != before:
+        if store.code_hash(folder=package) != before:
             counted.add(path.stem)
         path.write_text(source, encoding="utf-8")
     assert counted == loaded and "kl" in counted and "plots" not in counted
