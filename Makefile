@@ -18,7 +18,7 @@ export OMP_NUM_THREADS ?= $(shell test $(CORES) -gt 8 && echo 8 || echo $(CORES)
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help course test check lint lab lock clean
+.PHONY: help course test check lint lab bench lock clean
 
 help: ## this list
 	@echo "make course [PROFILE=smoke|cpu|gpu-12gb|gpu-12gb-1b] [ARGS='--only 08 --set ppo.kl_coef=0.1']"
@@ -39,6 +39,9 @@ lint: $(STAMP) ## ruff
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab notebooks/00_overview.ipynb
+
+bench: $(STAMP) ## how fast, against TRL and torch's own: a table, and runs/bench.json
+	$(PY) -m rlhf_nb_utils.bench $(ARGS)
 
 lock: ## remake constraints.txt after a change of dependencies (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --all-extras --no-header pyproject.toml -o constraints.txt
