@@ -110,12 +110,9 @@ class Session:
         """The labels in the file, and all ids it holds, skipped ones too; only of this session's comparisons."""
         if not self.path.exists():
             return [], set()
-        try:
-            labels = [c for c in preferences.load_labels(self.path) if c.id in self._all]
-            done = preferences.done_ids(self.path) & self._all.keys()
-            strange = [c for c in labels if not _same_texts(c, self._all[c.id])]
-        except TypeError as error:  # JSON with the right keys, but not with texts behind them
-            raise LabellingError(f"{self.path} holds a line that is no label: mend or delete it, or give another path") from error
+        labels = [c for c in preferences.load_labels(self.path) if c.id in self._all]
+        done = preferences.done_ids(self.path) & self._all.keys()
+        strange = [c for c in labels if not _same_texts(c, self._all[c.id])]
         if strange:
             raise LabellingError(f"{self.path} has labels of other responses, first {strange[0].id!r}: give another path")
         return labels, done

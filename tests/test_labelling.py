@@ -242,8 +242,8 @@ def test_comparisons_that_cannot_be_labelled_are_refused_in_one_line(path, items
     "text, words",
     [
         ("no label\n", "line 1 is not a label"),
-        ('{"id": "id0", "query": "opening 0", "responses": 5}\n', "no label"),
-        ('{"id": ["id0"], "query": "opening 0", "responses": ["a", "b"]}\n', "no label"),
+        ('{"id": "id0", "query": "opening 0", "responses": 5}\n', "line 1 is not a label"),
+        ('{"id": ["id0"], "query": "opening 0", "responses": ["a", "b"]}\n', "line 1 is not a label"),
         ('{"id": "id0", "query": "opening 0", "responses": ["a", "b"]}\n', "labels of other responses, first 'id0'"),
         ('{"id": "id0", "query": "opening 9", "responses": [" text 0.0", " text 0.1"]}\n', "labels of other responses"),
     ],
