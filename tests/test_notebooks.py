@@ -106,6 +106,13 @@ def test_code_cells_are_short(path):
     assert not long, f"lines of each long code cell: {long}"
 
 
+@every_notebook
+def test_deterministic_cells_are_marked_to_be_compared(path):
+    """nbval runs every cell, and compares the stored output of those with the tag."""
+    marked = [cell for cell in code_cells(path) if "nbval-check-output" in cell.metadata.get("tags", [])]
+    assert len(marked) >= 5 and all(cell.outputs for cell in marked)
+
+
 def test_notebooks_are_clean_to_ruff():
     for command in (["check"], ["format", "--check"]):
         result = subprocess.run([sys.executable, "-m", "ruff", *command, "notebooks"], cwd=ROOT, capture_output=True, text=True)
