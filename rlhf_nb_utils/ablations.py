@@ -71,8 +71,9 @@ class AblationError(CourseError):
 
 def measure(cfg: Config) -> dict:
     """One run: figures on the evaluation prompts, curves rounded to three digits, samples."""
-    before, after = learn.evaluate(cfg, learn.prompts(cfg))
-    history, kept = stages.ppo(cfg).history, learn.distinct({"before": before.tokens, "after": after.tokens})
+    trained, queries = stages.ppo(cfg), learn.prompts(cfg)
+    before, after = (stages.evaluated(cfg, stage, queries) for stage in (stages.sft(cfg), trained))
+    history, kept = trained.history, learn.distinct({"before": before.tokens, "after": after.tokens})
     summary = {
         "positive_before": float((before.scores["gold"] > 0).mean()),
         "positive": float((after.scores["gold"] > 0).mean()),
@@ -108,7 +109,7 @@ def measure(cfg: Config) -> dict:
 
 def measured(cfg: Config) -> dict:
     """`measure`, or what it found before: the evaluation of a hundred runs is an hour's work of its own."""
-    code = hashlib.sha256(inspect.getsource(measure).encode()).hexdigest()[:8]
+    code = hashlib.sha256(f"{inspect.getsource(measure)}{CURVES}{SAMPLES}".encode()).hexdigest()[:8]
     path = runs_dir() / cfg.profile / "variants" / f"{store.stage_hash(cfg, 'learn')}-{code}.json"
     if not path.exists():
         found = measure(cfg)

@@ -258,7 +258,7 @@ def _trainer(setting: Setting, folder: Path, callback):
 
 
 def ppo_rows(setting: Setting, repeats: int, folder: Path) -> list[Row]:
-    peer, tokenless = Peer(setting, folder), setting.asked
+    peer = Peer(setting, folder)
     seconds = race(
         {
             "peer": lambda: peer.iterate(True),
@@ -271,7 +271,7 @@ def ppo_rows(setting: Setting, repeats: int, folder: Path) -> list[Row]:
     pairs = (("peer", "separate"), ("peer, no gc", "separate"), ("peer, no gc", "shared"))
     names = ("as shipped, separate critic in both", "its gc.collect removed", "… and our shared critic")
     what = f"PPO iteration against TRL 1.12.0, {setting.name}"
-    return [Row.of(f"{what}: {name}", seconds, *pair, asked) for name, pair, asked in zip(names, pairs, tokenless)]
+    return [Row.of(f"{what}: {name}", seconds, *pair, asked) for name, pair, asked in zip(names, pairs, setting.asked)]
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------
@@ -285,10 +285,12 @@ def rollout_rows(setting: Setting, repeats: int) -> list[Row]:
 
     def sampled(count: int, length: int, at_once: int | None = None) -> Callable[[], None]:
         cfg = RolloutsConfig(response_length=length, batch_size=at_once or count)
-        starts = range(0, count, cfg.batch_size)
-        return lambda: [
-            rollouts.sample(policy, queries[i : i + cfg.batch_size], cfg, tokenizer, draw) for i in starts
-        ] and None  # fmt: skip
+
+        def run() -> None:
+            for start in range(0, count, cfg.batch_size):
+                rollouts.sample(policy, queries[start : start + cfg.batch_size], cfg, tokenizer, draw)
+
+        return run
 
     rows, length = [], 40
     for count, one_by_one, generate in ((16, 7.0, 1.4), (64, 7.5, 1.25)):

@@ -23,7 +23,7 @@ from rlhf_nb_utils.rollouts import encode_queries, pad_queries, sample_many
 from rlhf_nb_utils.tokenizer_bridge import response_texts
 
 N_EVALUATION = {"embedded": 2000, "imdb": 1200}  # the protocol's prompts are the last evaluation.n_prompts of so many
-CHEAP = {"evaluation.n_prompts": 4, "evaluation.best_of_prompts": 4, "evaluation.best_of_n": 1}  # of the course's own
+CHEAP = {"n_prompts": 4, "best_of_prompts": 4, "best_of_n": 1}  # of the course's own
 PAIRS_PER_PROMPT = 2  # held-out pairs, from the SFT policy's samples for best-of-n
 NEGATIVE_SHARE = 0.15  # an opening is negative if the reference completes it positively at most this often
 NEGATIVE_SAMPLES = 4  # samples of the trained policy per negative opening
@@ -63,17 +63,8 @@ def prompts(cfg: Config) -> list[str]:
 
 def watched(cfg: Config) -> dict[int, dict[str, np.ndarray]]:
     """A PPO run along its way, as `stages.load_watched` gives it, on prompts of PPO that it did not train on."""
-    settings = cfg.evaluation.model_copy(update={key.split(".")[1]: value for key, value in CHEAP.items()})
+    settings = cfg.evaluation.model_copy(update=CHEAP)
     return stages.load_watched(stages.evaluation(cfg.model_copy(update={"evaluation": settings})))
-
-
-def evaluate(cfg: Config, queries: list[str]) -> tuple[ev.Evaluation, ev.Evaluation]:
-    """The policy before and after PPO, on the same prompts and by all three scores."""
-    reference, tokenizer = stages.load_policy(stages.sft(cfg), cfg)
-    policy, _ = stages.load_policy(stages.ppo(cfg), cfg)
-    scorers = stages.make_scorers(cfg, stages.load_reward_model(stages.reward_model(cfg), cfg))
-    before, after = (ev.evaluate(model, reference, tokenizer, queries, scorers, cfg) for model in (reference, policy))
-    return before, after
 
 
 def measure(profile: str, seed: int, overrides: dict) -> store.Stage:
@@ -84,8 +75,8 @@ def measure(profile: str, seed: int, overrides: dict) -> store.Stage:
 
     def make(folder: Path) -> dict:
         queries = prompts(cfg)
-        before, after = evaluate(cfg, queries)
-        best = _best_of_n(cfg, queries)
+        before, after = (stages.evaluated(cfg, stage, queries) for stage in (stages.sft(cfg), trained["main"]))
+        best = stages.best_of_n(cfg, queries)
         columns = {
             "eos_before": _ends(cfg, queries),
             "eos_after": before.ended,
@@ -106,7 +97,7 @@ def measure(profile: str, seed: int, overrides: dict) -> store.Stage:
         columns |= _reward_models(cfgs, best) | _negative_openings(cfg, queries, best)
         lists = {key: [None if math.isnan(v) else v for v in np.asarray(c, float).tolist()] for key, c in columns.items()}
         checkpoint.write_json_atomic(folder / "prompts.json", lists)
-        ends = {"main": after, "annotator": evaluate(cfgs["annotator"], queries)[1]}
+        ends = {"main": after, "annotator": stages.evaluated(cfgs["annotator"], trained["annotator"], queries)}
         return {
             "distance": _distance({name: watched(cfgs[name]) for name in ends}, ends),
             **distinct({"before": before.tokens, "after": after.tokens} | _best_tokens(cfg, best)),
@@ -116,12 +107,6 @@ def measure(profile: str, seed: int, overrides: dict) -> store.Stage:
         }
 
     return store.build(cfg, "learn", make)
-
-
-def _best_of_n(cfg: Config, queries: list[str]) -> ev.BestOfN:
-    reference, tokenizer = stages.load_policy(stages.sft(cfg), cfg)
-    scorers = stages.make_scorers(cfg, stages.load_reward_model(stages.reward_model(cfg), cfg))
-    return ev.best_of_n(reference, tokenizer, queries, scorers["proxy"], scorers["gold"], cfg)
 
 
 def surprise(cfg: Config, said: ev.Evaluation) -> np.ndarray:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_nb_utils.tensor_ops import at_least_fp32, entropy_from_logits, logprobs_from_logits
+
 CHUNK = 2**24  # logits in memory at a time: 64 MiB of fp32
 
 
@@ -37,53 +39,41 @@ def head_logprobs(
 
 
 class _Head(torch.autograd.Function):
-    """With p the probabilities: d log p(label) / d logits = onehot(label) − p, and d H / d logits = −p (log p + H)."""
+    """Both passes go over the same few rows at a time; the gradients of a chunk are those of ``tensor_ops``."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: int, dtype: torch.dtype):
-        found = [_one(logp, ids) for logp, ids in zip(_chunks(hidden, weight, temperature, rows, dtype), labels.split(rows))]
-        logprobs, entropy = (torch.cat(parts) for parts in zip(*found)) if found else hidden.new_empty(2, 0).float()
-        ctx.save_for_backward(hidden, weight, labels, entropy)
+        ctx.save_for_backward(hidden, weight, labels)
         ctx.settings = temperature, rows, dtype
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        matrix = weight.to(dtype)
+        parts = [_one(part.to(dtype), matrix, ids, temperature) for part, ids in zip(hidden.split(rows), labels.split(rows))]
+        return tuple(torch.cat(found) for found in zip(*parts))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_logprobs: Tensor | None, d_entropy: Tensor | None):
-        hidden, weight, labels, entropy = ctx.saved_tensors
+    def backward(ctx, d_logprobs: Tensor, d_entropy: Tensor):
+        hidden, weight, labels = ctx.saved_tensors
         temperature, rows, dtype = ctx.settings
-        matrix, d_hidden = weight.to(dtype), torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        needed = ctx.needs_input_grad[:2]
+        matrix = weight.detach().to(dtype).requires_grad_(needed[1])
+        d_hidden = torch.zeros_like(hidden) if needed[0] else None
         # Summed over many chunks: in bf16 the later ones would be lost beside the first.
-        d_weight = torch.zeros_like(weight, dtype=_wide(dtype)) if ctx.needs_input_grad[1] else None
-        for i, logp in enumerate(_chunks(hidden, weight, temperature, rows, dtype)):
-            at = slice(i * rows, i * rows + len(logp))
-            p = logp.exp()
-            d_logits = torch.zeros_like(p)
-            if d_entropy is not None:
-                # p = 0 has log p = −inf, and no share in the entropy
-                d_logits -= torch.where(p > 0, p * (logp + entropy[at, None]), 0.0) * d_entropy[at, None]
-            if d_logprobs is not None:
-                d_logits -= p * d_logprobs[at, None]
-                d_logits.scatter_add_(1, labels[at, None], d_logprobs[at, None])
-            d_logits = (d_logits / temperature).to(dtype)
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32)) if needed[1] else None
+        for start in range(0, len(hidden), rows):
+            at = slice(start, start + rows)
+            part = hidden[at].detach().to(dtype).requires_grad_(needed[0])
+            with torch.enable_grad():
+                outputs = _one(part, matrix, labels[at], temperature)
+            wanted = [leaf for leaf, need in zip((part, matrix), needed) if need]
+            found = iter(torch.autograd.grad(outputs, wanted, (d_logprobs[at], d_entropy[at])))
             if d_hidden is not None:
-                d_hidden[at] = (d_logits @ matrix).to(hidden.dtype)
+                d_hidden[at] = next(found)
             if d_weight is not None:
-                d_weight += (d_logits.mT @ hidden[at].to(dtype)).to(d_weight.dtype)
+                d_weight += next(found)
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _chunks(hidden: Tensor, weight: Tensor, temperature: float, rows: int, dtype: torch.dtype):
-    """Log-softmax of ``rows`` rows at a time, each (rows, V)."""
-    matrix = weight.to(dtype)
-    for part in hidden.split(rows):
-        yield ((part.to(dtype) @ matrix.mT).to(_wide(dtype)) / temperature).log_softmax(-1)
-
-
-def _one(logp: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return logp.gather(1, labels[:, None]).squeeze(1), torch.special.entr(logp.exp()).sum(-1)
+def _one(hidden: Tensor, matrix: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logprobs and entropies (rows,) of one chunk, by way of its logits (rows, V)."""
+    logits = at_least_fp32(hidden @ matrix.mT) / temperature
+    return logprobs_from_logits(logits, labels), entropy_from_logits(logits)

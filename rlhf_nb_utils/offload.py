@@ -295,7 +295,10 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
             for p in (p for p in bucket.params if id(p) in bucket.arrived):
                 square = self._squares.get(id(p))
                 squares.append(bucket.view(bucket.staging, p).float().square().sum() if square is None else square)
-        self.grad_norm = math.sqrt(sum(square.item() for square in squares))
+        places: dict[torch.device, list[Tensor]] = {}
+        for square in squares:
+            places.setdefault(square.device, []).append(square.double())
+        self.grad_norm = math.sqrt(sum(torch.stack(some).sum().item() for some in places.values()))  # a wait for each device
         if not math.isfinite(self.grad_norm):
             raise FloatingPointError(f"gradient norm {self.grad_norm}: no weight was changed")
         if self.max_grad_norm is None or self.grad_norm + CLIP_EPS <= self.max_grad_norm:

@@ -265,17 +265,13 @@ def evaluation(cfg: Config, callback=None) -> Stage:
     first, scored, trained = sft(cfg), reward_model(cfg), ppo(cfg)
 
     def make(folder: Path) -> dict:
-        reference, tokenizer = load_policy(first, cfg)
-        policy, _ = load_policy(trained, cfg)
         prompts = data.load_prompts(cfg.data, "evaluation")[: cfg.evaluation.n_prompts]
-        scorers = make_scorers(cfg, load_reward_model(scored, cfg))
-        after = ev.evaluate(policy, reference, tokenizer, prompts, scorers, cfg)
-        before = ev.evaluate(reference, reference, tokenizer, prompts, scorers, cfg)
-        few = prompts[: cfg.evaluation.best_of_prompts]
-        best = ev.best_of_n(reference, tokenizer, few, scorers["proxy"], scorers["gold"], cfg)
+        before, after = (evaluated(cfg, stage, prompts) for stage in (first, trained))
+        best = best_of_n(cfg, prompts[: cfg.evaluation.best_of_prompts])
         before.save(folder / "before.parquet")
         after.save(folder / "after.parquet")
         best.save(folder / "best_of_n.parquet")
+        scorers = make_scorers(cfg, load_reward_model(scored, cfg))
         _score_watched(trained.path / WATCHED, scorers, folder / WATCHED)
         wins = ev.win_rate(after.scores["gold"], before.scores["gold"], cfg.evaluation.bootstrap_samples, cfg.seed)
         summary = {"kl": float(after.kl.mean()), "gold_win_rate": [wins.rate, wins.low, wins.high]}
@@ -284,6 +280,21 @@ def evaluation(cfg: Config, callback=None) -> Stage:
         return summary
 
     return build(cfg, "evaluation", make)
+
+
+def evaluated(cfg: Config, stage: Stage, prompts: list[str]) -> ev.Evaluation:
+    """The policy of a stage on ``prompts``: its responses, their scores by every scorer, its KL to the SFT policy."""
+    reference, tokenizer = load_policy(sft(cfg), cfg)
+    policy, _ = load_policy(stage, cfg)
+    scorers = make_scorers(cfg, load_reward_model(reward_model(cfg), cfg))
+    return ev.evaluate(policy, reference, tokenizer, prompts, scorers, cfg)
+
+
+def best_of_n(cfg: Config, prompts: list[str]) -> ev.BestOfN:
+    """Best of n of the SFT policy's samples by the reward model, with their gold scores."""
+    reference, tokenizer = load_policy(sft(cfg), cfg)
+    scorers = make_scorers(cfg, load_reward_model(reward_model(cfg), cfg))
+    return ev.best_of_n(reference, tokenizer, prompts, scorers["proxy"], scorers["gold"], cfg)
 
 
 def _score_watched(source: Path, scorers: dict[str, ppo_.RewardFn], target: Path) -> None:

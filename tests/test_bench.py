@@ -1,7 +1,6 @@
 """The contests' own arithmetic, and one round of those that need no peer at the smallest size."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -9,11 +8,21 @@ import torch
 from rlhf_nb_utils import bench
 
 
-def test_contestants_take_turns_and_the_first_rounds_do_not_count():
-    order = []
-    seconds = bench.race({"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.01))}, 3)
+def test_contestants_take_turns_and_the_first_rounds_do_not_count(monkeypatch):
+    clock, order = [0.0], []
+
+    def contestant(name: str, seconds: float):
+        def run():
+            order.append(name)
+            clock[0] += seconds * len(order)  # slower from round to round
+
+        return run
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    seconds = bench.race({"a": contestant("a", 1.0), "b": contestant("b", 10.0)}, 3)
     assert order == ["a", "b"] * (3 + bench.WARM)
-    assert [len(times) for times in seconds.values()] == [3, 3] and min(seconds["b"]) >= 0.01 > max(seconds["a"])
+    first = 2 * bench.WARM + 1
+    assert seconds == {"a": [first, first + 2, first + 4], "b": [10 * (first + 1), 10 * (first + 3), 10 * (first + 5)]}
 
 
 def test_a_row_is_the_median_of_the_ratios_within_a_round():

@@ -118,16 +118,14 @@ def test_streamed_gradients_of_different_micro_batches_may_be_of_different_param
     ours = CPUOffloadAdamW(net.parameters(), **SETTINGS, stream_gradients=True)
     theirs = torch.optim.AdamW(reference.parameters(), **SETTINGS)
     one, other = torch.ones(2, 7, dtype=torch.bfloat16), torch.ones(2, 16, dtype=torch.bfloat16)
+    losses = (lambda: net[2](other).float().sum(), lambda: net[:3](one).float().sum())  # net[4] gets nothing at all
     for _ in range(3):
+        found = zip(*(torch.autograd.grad(loss(), list(net.parameters()), allow_unused=True) for loss in losses))
+        given = [[grad.float() for grad in pair if grad is not None] for pair in found]
+        sums = [sum(grads) if grads else None for grads in given]
         with ours.accumulate():
-            net[2](other).float().sum().backward()
-        net[:3](one).float().sum().backward()  # net[4] gets nothing at all
-        for parameters, loss in ((net.parameters(), lambda: net[2](other).float().sum() + net[:3](one).float().sum()),):
-            found = torch.autograd.grad(loss(), list(parameters), allow_unused=True)
-        two = [torch.autograd.grad(f, list(net.parameters()), allow_unused=True) for f in
-               (net[2](other).float().sum(), net[:3](one).float().sum())]  # fmt: skip
-        sums = [None if a is b is None else sum(g.float() for g in (a, b) if g is not None) for a, b in zip(*two)]
-        assert [s is None for s in sums] == [g is None for g in found]
+            losses[0]().backward()
+        losses[1]().backward()
         feed(reference, sums)
         ours.step()
         ours.zero_grad()
