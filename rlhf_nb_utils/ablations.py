@@ -24,7 +24,10 @@ from rlhf_nb_utils.learn_table import spread
 RECORDED = DATA / "recorded"
 CURVES = ("score_normalised", "kl", "entropy", "clipfrac", "explained_var", "value_loss", "length", "eos_rate", "kl_coef")
 SAMPLES = 4
-PROMPTS = {"evaluation.n_prompts": 500}  # of the protocol's
+# What all runs share: half the protocol's prompts, and half the responses an iteration, for twice as many runs.
+SHARED = {
+    "evaluation.n_prompts": 500, "ppo.batch_size": 64, "ppo.gradient_accumulation_steps": 2, "ppo.evaluation_interval": 13,
+}  # fmt: skip
 
 # name -> what it changes. The recipe is the profile as it stands.
 # fmt: off
@@ -38,9 +41,10 @@ ABLATIONS: dict[str, dict] = {
     "no entropy bonus": {"ppo.entropy_coef": 0.0},
     **{f"{n} epoch{'s' * (n > 1)} per batch": {"ppo.num_ppo_epochs": n} for n in (1, 2, 4)},
     "k3 in the reward": {"ppo.kl_estimator": "k3"},
-    # A ranking of three is two choices: half the prompts, as many choices.
+    # A ranking of three is two choices: half the prompts and half the batch, as many choices in as many steps.
     "reward model on triples": {
         "preferences.responses_per_prompt": 3, "reward_model.loss": "rankings", "data.n_preferences": 2500,
+        "reward_model.batch_size": 16,
     },
     "no annotator noise": {"preferences.noise": 0.0},
     "annotator noise 3": {"preferences.noise": 3.0},
@@ -160,7 +164,7 @@ def configured(profile: str, seed: int, change: dict) -> Config:
     for key, value in change.items():
         if key == "models.policy" and not Path(value).is_dir():
             raise AblationError(f"{value} is missing: make it with `python data/build.py --rung {Path(value).name}`")
-    return load_config(profile, seed, PROMPTS | change)
+    return load_config(profile, seed, SHARED | change)
 
 
 def keep_learned(table_file: Path, source: str) -> Path:

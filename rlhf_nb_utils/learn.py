@@ -43,13 +43,15 @@ def variants(profile: str, seed: int, overrides: dict) -> dict[str, Config]:
     triples = {
         "preferences.responses_per_prompt": 3,
         "reward_model.loss": "rankings",
-        # A ranking of three is two choices, the best and the better of the rest: half the prompts, as many choices.
+        # A ranking of three is two choices, the best and the better of the rest: half the prompts and half the batch are as
+        # many choices in all, and as many in each of as many steps.
         "data.n_preferences": main.data.n_preferences // 2,
+        "reward_model.batch_size": max(1, main.reward_model.batch_size // 2),
     }
     changes = {
         "main": {},
         "annotator": {"ppo.reward": "annotator"},
-        "trunk": {"reward_model.backbone": "policy"},
+        "trunk": {"reward_model.backbone": "policy", "reward_model.pooling": "last"},  # where a causal trunk has read all
         "triples": triples,
     }
     return {name: load_config(profile, seed, overrides | change) for name, change in changes.items()}

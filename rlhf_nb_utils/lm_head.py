@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf_nb_utils.tensor_ops import at_least_fp32, entropy_from_logits, logprobs_from_logits
+from rlhf_nb_utils.tensor_ops import at_least_fp32, logprobs_and_entropy
 
 CHUNK = 2**24  # logits in memory at a time: 64 MiB of fp32
 
@@ -76,4 +76,4 @@ class _Head(torch.autograd.Function):
 def _one(hidden: Tensor, matrix: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logprobs and entropies (rows,) of one chunk, by way of its logits (rows, V)."""
     logits = at_least_fp32(hidden @ matrix.mT) / temperature
-    return logprobs_from_logits(logits, labels), entropy_from_logits(logits)
+    return logprobs_and_entropy(logits, labels)

@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 from rlhf_nb_utils import hub
 from rlhf_nb_utils.config import CourseError, TrainingError
 from rlhf_nb_utils.ngrams import NGramLinear
-from rlhf_nb_utils.tensor_ops import entropy_from_logits, logprobs_from_logits
+from rlhf_nb_utils.tensor_ops import logprobs_and_entropy, logprobs_from_logits
 
 hf_logging.disable_progress_bar()
 hf_logging.set_verbosity_error()
@@ -52,6 +52,11 @@ def autocast(device: torch.device, enabled: bool):
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """(B, L) positions counted over real tokens only, so that padding on the left moves nothing. Padding gets 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """fp32 logits of the same shape, divided by the temperature; at 1 a copy of the largest tensor is saved."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:
@@ -127,16 +132,13 @@ class Policy(nn.Module):
         Entropy is a diagnostic unless ``entropy_grad``: then it carries a gradient, for the entropy bonus.
         """
         logits, values = self(input_ids, attention_mask, response_length)
-        logits = logits.float() / temperature
-        logprobs = logprobs_from_logits(logits, input_ids[:, -response_length:])
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = entropy_from_logits(logits if entropy_grad else logits.detach())
-        return logprobs, values, entropy
+        logprobs, entropy = logprobs_and_entropy(tempered(logits, temperature), input_ids[:, -response_length:])
+        return logprobs, values, entropy if entropy_grad else entropy.detach()
 
     def logprobs(self, input_ids, attention_mask, response_length: int, temperature: float = 1.0) -> torch.Tensor:
         """Logprobs (B, T) of the response tokens alone, fp32: what is asked of a reference."""
         hidden = self._response_states(self.lm.base_model, input_ids, attention_mask, response_length)
-        logits = self.lm.get_output_embeddings()(hidden).float() / temperature
+        logits = tempered(self.lm.get_output_embeddings()(hidden), temperature)
         return logprobs_from_logits(logits, input_ids[:, -response_length:])
 
     def values(self, input_ids, attention_mask, response_length: int) -> torch.Tensor:
@@ -150,7 +152,8 @@ class Policy(nn.Module):
         # The last token predicts nothing that is scored: leave it out.
         mask = attention_mask[:, :-1].long()
         out = trunk(input_ids=input_ids[:, :-1], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-        return out.last_hidden_state[:, -response_length:]
+        # Contiguous, or the LM head would be one small product a row.
+        return out.last_hidden_state[:, -response_length:].contiguous()
 
     def parameter_groups(self, learning_rate: float, critic_learning_rate: float) -> list[dict]:
         """Two groups for an optimizer: the language model, and the critic (head, and trunk if it has its own)."""

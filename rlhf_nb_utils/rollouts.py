@@ -6,14 +6,15 @@ Knows token ids, masks and a policy. Does not know rewards, references or traini
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from rlhf_nb_utils.config import CourseError, RolloutsConfig
-from rlhf_nb_utils.models import Policy, autocast, position_ids
-from rlhf_nb_utils.tensor_ops import logprobs_from_logits
+from rlhf_nb_utils.models import Policy, autocast, position_ids, tempered
 
 # Compacting the cache copies it: wait until this share of the rows in it has finished.
 COMPACT_SHARE = 0.125
@@ -89,7 +90,7 @@ class Rollout:
                 return x
             left = wide_q - x.shape[1] if name.startswith("quer") else 0
             right = 0 if name.startswith("quer") else wide_t - x.shape[1]
-            return torch.nn.functional.pad(x, (left, right))
+            return F.pad(x, (left, right))
 
         return Rollout(*(torch.cat([widen(p, f.name) for p in parts]) for f in dataclasses.fields(Rollout)))
 
@@ -128,6 +129,31 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     return logits
 
 
+def draw(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One index (B,) int64 of each row of probs (B, V) floating, by inverting its cumulative sum in float64.
+
+    In two steps, a block of the vocabulary and a token of the block: one uniform number a row where ``torch.multinomial``
+    draws V exponential ones, which costs a CPU more than a small model does. An index of probability 0 is never drawn.
+    """
+    rows, size = probs.shape
+    width = math.isqrt(size - 1) + 1
+    blocks = F.pad(probs, (0, -size % width)).view(rows, -1, width)
+    u = torch.rand(rows, 1, dtype=torch.float64, device=probs.device, generator=generator)
+    masses = blocks.sum(-1, dtype=torch.float64)
+    block, left = _invert(masses, u * masses.sum(-1, keepdim=True))
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, width)).squeeze(1).double()
+    token = block * width + _invert(inside, left)[0]
+    return token.squeeze(1).clamp(max=size - 1)  # beyond only where probs are NaN
+
+
+def _invert(masses: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The interval (B, 1) of masses (B, K) in which u (B, 1) lies, and how far inside it. Rounding leaves none empty."""
+    ends = masses.cumsum(-1)
+    u = torch.minimum(u.clamp(min=0), torch.nextafter(ends[:, -1:], torch.zeros_like(u)))
+    index = torch.searchsorted(ends, u, right=True).clamp(max=masses.shape[1] - 1)
+    return index, u - ends.gather(1, index) + masses.gather(1, index)
+
+
 @torch.no_grad()
 def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, tokenizer, generator, bf16: bool = False) -> Rollout:
     """Sample one response per query (B of them), at most ``cfg.response_length`` tokens, EOS included.
@@ -146,7 +172,7 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
     responses = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.int64, device=device)
     mask = torch.zeros((rows, length), dtype=torch.bool, device=device)
     logprobs, values = torch.zeros((2, rows, length), dtype=torch.float32, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    ended, unfiltered = torch.zeros(rows, dtype=torch.bool, device=device), cfg.top_k == 0 and cfg.top_p == 1
 
     cache, alive = DynamicCache(config=policy.lm.config), torch.arange(rows, device=device)
     attention, tokens = query_mask.long(), queries
@@ -160,16 +186,17 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-            logits = policy.lm.get_output_embeddings()(hidden).float() / cfg.temperature
+            logits = tempered(policy.lm.get_output_embeddings()(hidden), cfg.temperature)
             value = policy.value_head(hidden).squeeze(-1).float() if policy.value_trunk is None else 0.0
-        if not logits.isfinite().all():
+        every = logits.log_softmax(-1)  # the whole distribution, whatever is sampled from
+        token = draw(every.exp() if unfiltered else filter_logits(logits, cfg.top_k, cfg.top_p).softmax(-1), generator)
+        logprob = every.gather(1, token[:, None]).squeeze(1)
+        if not logprob.isfinite().all():
             raise RolloutError(f"the policy's logits are not finite at response token {t + 1}: lower the learning rate")
-        probs = filter_logits(logits, cfg.top_k, cfg.top_p).softmax(-1)
-        token = torch.multinomial(probs, 1, generator=generator).squeeze(1)
         going = ~ended[alive]
         keep = alive[going]
         responses[keep, t], mask[keep, t] = token[going], True
-        logprobs[alive, t] = torch.where(going, logprobs_from_logits(logits[:, None], token[:, None]).squeeze(1), 0.0)
+        logprobs[alive, t] = torch.where(going, logprob, 0.0)
         values[alive, t] = torch.where(going, value, 0.0)
         ended[keep] = token[going] == eos
         left = ~ended[alive]

@@ -3,8 +3,9 @@
 Knows tensors. Does not know policies, tokens or losses. ``mask`` is True where an element counts; whatever stands off
 the mask (NaN included) never reaches a result. Results are float32, or float64 when the input is.
 
-The two autograd functions exist for memory: a log-softmax kept for the backward pass is a (B, T, V) float32 tensor,
-often the largest of a whole PPO step. Here only the logits themselves, in their own dtype, and (B, T) tensors are kept.
+The autograd functions exist for memory and time: a log-softmax kept for the backward pass is a (B, T, V) float32 tensor,
+often the largest of a whole PPO step, and on a CPU each pass over one costs as much as a small matrix product. Here one
+tensor of that size is kept, and no pass is made twice.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+IMPOSSIBLE = -1e4  # as a shifted logit
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -60,11 +63,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
     Returns (B, T) float32 (float64 for float64 logits). Differentiable once in ``logits``.
     Raises ValueError if the shapes do not fit (the usual cause: logits not shifted to the state *before* each token).
     """
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: "
-            "pass the logits of the state before each label, (B, T, V) for (B, T)"
-        )
+    _check_labels(logits, labels)
     return _LabelLogprob.apply(logits, labels)
 
 
@@ -74,6 +73,15 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     logits: (..., V) floating. Returns (...) float32 (float64 for float64 logits). Differentiable once in ``logits``.
     """
     return _Entropy.apply(logits)
+
+
+def logprobs_and_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`logprobs_from_logits` and `entropy_from_logits` from one softmax: what a PPO update asks of every position.
+
+    Shapes, dtypes and errors as there. What goes unused costs no gradient.
+    """
+    _check_labels(logits, labels)
+    return _LogprobEntropy.apply(logits, labels)
 
 
 class _LabelLogprob(torch.autograd.Function):
@@ -111,6 +119,49 @@ class _Entropy(torch.autograd.Function):
         logits, entropy = ctx.saved_tensors
         p = at_least_fp32(logits).softmax(-1)
         return ((torch.special.entr(p) - p * entropy.unsqueeze(-1)) * grad.unsqueeze(-1)).to(logits.dtype)
+
+
+class _LogprobEntropy(torch.autograd.Function):
+    """d (a · log p(label) + b · H) / d logits = a · onehot(label) − p (a + b (log p + H))."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        index, top = labels.unsqueeze(-1), at_least_fp32(logits.amax(-1, keepdim=True))
+        # exp(IMPOSSIBLE) is 0, and 0 · IMPOSSIBLE too, where 0 · −inf is none.
+        shifted = (at_least_fp32(logits) - top).clamp_(min=IMPOSSIBLE)
+        mass = shifted.exp()
+        total = mass.sum(-1, keepdim=True)
+        log_total = total.log()
+        entropy = log_total - mass.mul_(shifted).sum(-1, keepdim=True) / total
+        ctx.save_for_backward(shifted, index, log_total, entropy)
+        ctx.dtype = logits.dtype
+        ctx.set_materialize_grads(False)
+        return (at_least_fp32(logits.gather(-1, index)) - top - log_total).squeeze(-1), entropy.squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logprob: Tensor | None, d_entropy: Tensor | None):
+        if d_logprob is None and d_entropy is None:
+            return None, None
+        shifted, index, log_total, entropy = ctx.saved_tensors
+        log_p = shifted - log_total
+        p, pull = log_p.exp(), log_total.new_zeros(()) if d_logprob is None else d_logprob.unsqueeze(-1)
+        if d_entropy is None:
+            d_logits = p.mul_(-pull)
+        else:
+            push = d_entropy.unsqueeze(-1)
+            d_logits = torch.addcmul(pull + push * entropy, log_p, push, out=log_p).mul_(p).neg_()
+        if d_logprob is not None:
+            d_logits.scatter_add_(-1, index, pull)
+        return d_logits.to(ctx.dtype), None
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: "
+            "pass the logits of the state before each label, (B, T, V) for (B, T)"
+        )
 
 
 def _checked(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ def test_what_learn_measured_is_kept_as_it_is(tmp_path, monkeypatch):
 
 def test_a_recording_keeps_figures_curves_and_a_few_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "RECORDED", tmp_path)
-    monkeypatch.setattr(ablations, "PROMPTS", SMALL)
+    monkeypatch.setattr(ablations, "SHARED", SMALL)
     monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path / "runs"))
     path = ablations.record("ablations", "smoke", range(2), ["recipe", "no SFT"])
     kept = ablations.load()
@@ -66,7 +66,7 @@ def test_what_may_not_be_recorded_is_refused(tmp_path, monkeypatch):
             ablations.record(**wrong)
     with pytest.raises(ablations.AblationError, match="no SFT"):
         ablations.record(names=["no sft"])
-    monkeypatch.setattr(ablations, "PROMPTS", {"data.source": "imdb"})
+    monkeypatch.setattr(ablations, "SHARED", {"data.source": "imdb"})
     with pytest.raises(ablations.AblationError, match="not ours"):
         ablations.record(names=["recipe"])
     with pytest.raises(ablations.AblationError, match="missing"):

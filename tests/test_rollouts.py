@@ -163,3 +163,28 @@ def test_openings_get_a_bos_and_must_have_a_word():
     assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == "I liked"
     with pytest.raises(RolloutError, match="empty prompt"):
         rollouts.encode_queries(tokenizer, ["I liked", " \n"])
+
+
+# --- draw -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 37, 4096])
+def test_indices_are_drawn_as_often_as_their_probability_says_and_never_where_it_is_0(size):
+    logits = 2 * torch.randn(size, generator=torch.Generator().manual_seed(1))
+    logits[torch.arange(size) % 3 == 1] = -torch.inf
+    probs, n = logits.double().softmax(0), 200_000
+    found = rollouts.draw(probs.float().expand(n, -1), torch.Generator().manual_seed(0))
+    counts = torch.bincount(found, minlength=size)
+    assert len(counts) == size and counts[probs == 0].sum() == 0
+    often = probs * n >= 5
+    expected = torch.cat([probs[often], probs[~often].sum()[None]]) * n
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    if (probs > 0).sum() > 1:
+        assert chisquare(observed[expected > 0], expected[expected > 0]).pvalue > 1e-3
+
+
+def test_the_ends_of_the_unit_interval_draw_possible_indices(monkeypatch):
+    probs = torch.tensor([[0.0, 0.0, 0.25, 0.0, 0.0, 0.5, 0.25, 0.0, 0.0]])
+    for u, index in ((0.0, 2), (1.0, 6), (1 - 2**-53, 6), (0.25, 5), (0.25 - 1e-12, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: torch.tensor([[u]], dtype=torch.float64))
+        assert rollouts.draw(probs, None).tolist() == [index]

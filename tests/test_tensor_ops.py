@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from rlhf_nb_utils.tensor_ops import entropy_from_logits, logprobs_from_logits, masked_mean, masked_var, whiten
+from rlhf_nb_utils.tensor_ops import (
+    entropy_from_logits,
+    logprobs_and_entropy,
+    logprobs_from_logits,
+    masked_mean,
+    masked_var,
+    whiten,
+)
 
 NAN = float("nan")
 
@@ -213,3 +220,53 @@ def test_logprobs_do_not_change_with_padding_or_batch_order():
     wide = torch.cat([torch.full((2, 2, 5), 7.0), logits], dim=1)
     wide_labels = torch.cat([torch.zeros(2, 2, dtype=torch.int64), labels], dim=1)
     torch.testing.assert_close(logprobs_from_logits(wide, wide_labels)[:, 2:], whole)
+
+
+# --- logprobs_and_entropy ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_logprobs_and_entropy_of_one_softmax_equal_a_float64_loop(dtype):
+    logits, labels = logits_and_labels(dtype)
+    logprobs, entropy = logprobs_and_entropy(logits, labels)
+    assert logprobs.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for row, label, lp, h in zip(logits.flatten(0, 1).tolist(), labels.flatten(), logprobs.flatten(), entropy.flatten()):
+        expected = log_softmax_loop(row)
+        assert lp.item() == pytest.approx(expected[label], abs=1e-5)
+        assert h.item() == pytest.approx(-math.fsum(math.exp(x) * x for x in expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, -1.3)])
+def test_gradients_of_logprob_and_entropy_agree_with_finite_differences(weights):
+    logits, labels = logits_and_labels(torch.float64)
+    logits.requires_grad_()
+
+    def used(x):
+        """What has no weight is left out of the graph, as a loss without an entropy bonus leaves it out."""
+        return sum(w * y.sum() for w, y in zip(weights, logprobs_and_entropy(x, labels)) if w)
+
+    assert torch.autograd.gradcheck(used, logits)
+
+
+def test_one_softmax_far_from_zero_and_with_impossible_tokens():
+    logits = torch.tensor([[1e4, 1e4, -1e4], [0.5, -math.inf, 1.0], [-math.inf, 3.0, -math.inf]], requires_grad=True)
+    logprobs, entropy = logprobs_and_entropy(logits, torch.tensor([2, 0, 1]))
+    assert logprobs[0].item() == pytest.approx(-2e4 - math.log(2), abs=2e-3) and logprobs[2] == 0
+    p = 1 / (1 + math.exp(-0.5))
+    assert entropy.tolist() == pytest.approx([math.log(2), -p * math.log(p) - (1 - p) * math.log(1 - p), 0.0])
+    (logprobs.sum() + entropy.sum()).backward()
+    assert logits.grad.isfinite().all() and logits.grad[1, 1] == 0 and logits.grad[2].tolist() == [0, 0, 0]
+    assert logprobs_and_entropy(logits, torch.tensor([0, 1, 0]))[0].tolist()[1:] == [-math.inf, -math.inf]
+
+
+def test_one_softmax_keeps_one_tensor_of_the_logits_size():
+    logits, labels = torch.randn(4, 3, 50, requires_grad=True), torch.zeros(4, 3, dtype=torch.int64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        sum(x.sum() for x in logprobs_and_entropy(logits, labels)).backward()
+    assert sum(x.numel() >= logits.numel() for x in kept) == 1
+
+
+def test_labels_that_do_not_fit_one_softmax_are_refused():
+    with pytest.raises(ValueError, match="before each label"):
+        logprobs_and_entropy(torch.zeros(2, 4, 5), torch.zeros(2, 3, dtype=torch.int64))
