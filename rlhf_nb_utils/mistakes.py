@@ -33,6 +33,8 @@ from rlhf_nb_utils.tokenizer_bridge import response_texts
 HEALTHY = "healthy"
 RECORDING = "clinic"
 TOP_K, DROPOUT, RATE_FACTOR = 10, 0.1, 10
+# Of the recorded runs: half the responses an iteration and three quarters of the iterations tell as much.
+SETTINGS = {"ppo.batch_size": 64, "ppo.gradient_accumulation_steps": 2, "ppo.iterations": 40}
 # What is kept of a run, by the names it is logged under.
 DIAGNOSTICS = {
     "score": "mean score of the reward model, in its own unit",
@@ -290,7 +292,7 @@ def record(profile: str = "cpu", seed: int = 0, names: Sequence[str] = (), jobs:
     if jobs < 1:
         raise MistakeError("--jobs must be at least 1")
     names = [find(name).name for name in names] or list(MISTAKES)
-    cfg = load_config(profile, seed)
+    cfg = load_config(profile, seed, SETTINGS)
     if cfg.data.source != "embedded":
         raise MistakeError("only runs on the embedded reviews may be recorded: IMDb's text is not ours to hand on")
     path, recipe = ablations.RECORDED / f"{RECORDING}.json", cfg.model_dump(mode="json")

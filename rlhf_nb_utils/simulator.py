@@ -33,7 +33,8 @@ PROFILE = "cpu"
 # What makes a handful of steps tell. One step is one iteration: a batch of responses and its epochs of updates.
 SETTINGS = {
     "rollouts.response_length": 32,
-    "ppo.batch_size": 128,
+    "ppo.batch_size": 64,
+    "ppo.gradient_accumulation_steps": 1,
     "ppo.learning_rate": 5e-4,
     "ppo.num_ppo_epochs": 4,
     "ppo.lr_schedule": "constant",
@@ -90,9 +91,9 @@ def record(seed: int = 0, jobs: int = 1, only: Sequence[tuple] | None = None) ->
     """Run the points of ``only``, ``(scenario, beta, steps, noise)``, or the whole grid; write data/recorded/simulator.json.
 
     Points recorded with the same settings are kept, so the command may be stopped and given again. At a constant rate a
-    short run is the beginning of a long one; each is run all the same, so that SETTINGS may name another schedule.
-    Raises SimulatorError for a point outside the grid, no jobs, reviews that may not be recorded, or points recorded with
-    other settings that would stay.
+    run is the beginning, number by number, of one that takes more steps: of runs that differ in their steps alone the
+    longest is made. Raises SimulatorError for a point outside the grid, no jobs, reviews that may not be recorded, another
+    schedule of the rate, or points recorded with other settings that would stay.
     """
     wanted = [Point(*point) for point in only or grid()]
     if unknown := set(wanted) - set(grid()):
@@ -102,16 +103,25 @@ def record(seed: int = 0, jobs: int = 1, only: Sequence[tuple] | None = None) ->
     cfgs = {point: configured(point, seed) for point in wanted}
     if any(cfg.data.source != "embedded" for cfg in cfgs.values()):
         raise SimulatorError("only runs on the embedded reviews may be recorded: IMDb's text is not ours to hand on")
+    if any(cfg.ppo.lr_schedule != "constant" for cfg in cfgs.values()):
+        raise SimulatorError("a short run is the beginning of a long one only at a constant rate: ppo.lr_schedule=constant")
     recipe = load_config(PROFILE, seed, SETTINGS).model_dump(mode="json") | {"scenarios": SCENARIOS}
     kept = _kept(recipe, wanted)
     missing = [point for point in wanted if point not in kept]
     _build_shared([cfgs[point] for point in missing], jobs)
-    for start in range(0, len(missing), RUNS_PER_WRITE):
-        some = missing[start : start + RUNS_PER_WRITE]
-        found = spread(_run, [(cfgs[point],) for point in some], jobs)
-        kept |= {point: point._asdict() | run for point, run in zip(some, found)}
+    longest = {point._replace(steps=0): point for point in sorted(missing, key=lambda point: point.steps)}
+    for start in range(0, len(longest), RUNS_PER_WRITE):
+        some = list(longest)[start : start + RUNS_PER_WRITE]
+        runs = dict(zip(some, spread(_run, [(cfgs[longest[key]],) for key in some], jobs)))
+        found = {point: runs[key] for point in missing if (key := point._replace(steps=0)) in runs}
+        kept |= {point: point._asdict() | _beginning(run, point.steps) for point, run in found.items()}
         _write(recipe, kept)
     return _write(recipe, kept)
+
+
+def _beginning(run: dict, steps: int) -> dict:
+    """What the run would have recorded had it ended after so many steps."""
+    return run | {name: run[name][:steps] for name in CURVES} | {"text": run["text"][: steps + 1]}
 
 
 def _build_shared(cfgs: list[Config], jobs: int) -> None:

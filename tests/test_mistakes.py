@@ -160,7 +160,9 @@ def small(tmp_path, monkeypatch):
     cfg = load_config("smoke", overrides=SMALL)
     monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(ablations, "RECORDED", tmp_path / "recorded")
-    monkeypatch.setattr(mistakes, "load_config", lambda profile, seed: cfg.model_copy(update={"profile": profile, "seed": seed}))
+    monkeypatch.setattr(
+        mistakes, "load_config", lambda profile, seed, _settings=None: cfg.model_copy(update={"profile": profile, "seed": seed})
+    )
     monkeypatch.setattr(store, "_data_hash", lambda: "data")
     monkeypatch.setattr(store, "_code_hash", lambda *_: "code")
     monkeypatch.setattr(stages, "MetricsLogger", functools.partial(MetricsLogger, tensorboard=False))
@@ -213,6 +215,8 @@ def test_what_may_not_be_recorded_is_refused(monkeypatch):
         mistakes.record(jobs=0)
     with pytest.raises(MistakeError, match="no mistake is called 'drop out'"):
         mistakes.record(names=["drop out"])
-    monkeypatch.setattr(mistakes, "load_config", lambda profile, seed: load_config(profile, seed, {"data.source": "imdb"}))
+    monkeypatch.setattr(
+        mistakes, "load_config", lambda profile, seed, _settings=None: load_config(profile, seed, {"data.source": "imdb"})
+    )
     with pytest.raises(MistakeError, match="not ours"):
         mistakes.record()

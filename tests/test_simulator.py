@@ -38,33 +38,44 @@ def test_every_point_of_the_grid_is_a_valid_configuration():
 def test_a_recording_keeps_curves_and_texts_and_is_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "RECORDED", tmp_path / "recorded")
     monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path / "runs"))
-    for name, value in {"PROFILE": "smoke", "SETTINGS": SMALL, "STEPS": (1, 2), "BETAS": (0.1,), "NOISES": (1.0,)}.items():
+    for name, value in {
+        "PROFILE": "smoke",
+        "SETTINGS": SMALL | {"ppo.lr_schedule": "constant"},
+        "STEPS": (1, 2),
+        "BETAS": (0.1,),
+        "NOISES": (1.0,),
+    }.items():
         monkeypatch.setattr(simulator, name, value)
     monkeypatch.setattr(simulator, "SCENARIOS", {TONE: simulator.SCENARIOS[TONE]})
     ran, run = [], simulator._run
     monkeypatch.setattr(simulator, "_run", lambda cfg: ran.append(cfg.ppo.iterations) or run(cfg))
     with pytest.raises(CourseError, match="missing"):
         simulator.load()
-    path = simulator.record(only=[(TONE, 0.1, 2, 1.0)])
-    alone = path.read_bytes()
+    path = simulator.record()
+    assert ran == [2]  # the longer one, of which the shorter is the beginning
+    both = json.loads(path.read_text())
+    path.unlink()
+    path = simulator.record(only=[(TONE, 0.1, 1, 1.0)])
+    alone = json.loads(path.read_text())["runs"]
+    assert ran == [2, 1] and alone == both["runs"][:1]  # run by itself, it is the same
     simulator.record()
-    assert ran == [2, 1]  # the first is kept
+    assert ran == [2, 1, 2]  # the first is kept
     kept = json.loads(path.read_text())
-    assert [kept["runs"][1]] == json.loads(alone)["runs"] and [run["steps"] for run in kept["runs"]] == [1, 2]
+    assert kept == both and [run["steps"] for run in kept["runs"]] == [1, 2]
     short, long = kept["runs"]
     assert kept["recipe"]["profile"] == "smoke" and kept["prompt"].strip() and long["comparisons"] == 32
     assert len(long["sft_loss"]) == 2 and long["kl"][0] == 0 and 0 <= long["accuracy"] <= 1
     for name in simulator.CURVES:
         assert len(long[name]) == 2 and long[name] == [round(value, 3) for value in long[name]]
-        assert short[name] == long[name][:1]  # at a constant rate, the beginning
+        assert short[name] == long[name][:1]
     assert len(long["text"]) == 3 and short["text"] == long["text"][:2] and all(isinstance(t, str) for t in long["text"])
     assert not list((tmp_path / "runs" / "smoke" / "stages").glob("ppo-*"))
     assert [state.done for state in Simulation(simulator.load()).run()][-1]
-    monkeypatch.setattr(simulator, "SETTINGS", SMALL | {"ppo.learning_rate": 1e-5})
+    monkeypatch.setattr(simulator, "SETTINGS", SMALL | {"ppo.learning_rate": 1e-5, "ppo.lr_schedule": "constant"})
     with pytest.raises(CourseError, match="record all points anew"):
         simulator.record(only=[(TONE, 0.1, 1, 1.0)])
     simulator.record()
-    assert ran == [2, 1, 1, 2] and simulator.load()["recipe"]["ppo"]["learning_rate"] == 1e-5
+    assert ran == [2, 1, 2, 2] and simulator.load()["recipe"]["ppo"]["learning_rate"] == 1e-5
 
 
 def test_what_may_not_be_recorded_is_refused(tmp_path, monkeypatch):
@@ -73,9 +84,10 @@ def test_what_may_not_be_recorded_is_refused(tmp_path, monkeypatch):
         simulator.record(only=[(TONE, 0.5, 8, 1.0)])
     with pytest.raises(CourseError, match="at least 1"):
         simulator.record(jobs=0)
-    monkeypatch.setattr(simulator, "SETTINGS", {"data.source": "imdb"})
-    with pytest.raises(CourseError, match="not ours"):
-        simulator.record()
+    for settings, why in (({"data.source": "imdb"}, "not ours"), ({"ppo.lr_schedule": "linear"}, "constant rate")):
+        monkeypatch.setattr(simulator, "SETTINGS", settings)
+        with pytest.raises(CourseError, match=why):
+            simulator.record()
 
 
 # ------------------------------------------------------------------------------------------------ the state machine
