@@ -172,7 +172,7 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
     responses = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.int64, device=device)
     mask = torch.zeros((rows, length), dtype=torch.bool, device=device)
     logprobs, values = torch.zeros((2, rows, length), dtype=torch.float32, device=device)
-    ended, unfiltered = torch.zeros(rows, dtype=torch.bool, device=device), cfg.top_k == 0 and cfg.top_p == 1
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
     cache, alive = DynamicCache(config=policy.lm.config), torch.arange(rows, device=device)
     attention, tokens = query_mask.long(), queries
@@ -189,7 +189,7 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
             logits = tempered(policy.lm.get_output_embeddings()(hidden), cfg.temperature)
             value = policy.value_head(hidden).squeeze(-1).float() if policy.value_trunk is None else 0.0
         every = logits.log_softmax(-1)  # the whole distribution, whatever is sampled from
-        token = draw(every.exp() if unfiltered else filter_logits(logits, cfg.top_k, cfg.top_p).softmax(-1), generator)
+        token = draw(filter_logits(logits, cfg.top_k, cfg.top_p).softmax(-1), generator)
         logprob = every.gather(1, token[:, None]).squeeze(1)
         if not logprob.isfinite().all():
             raise RolloutError(f"the policy's logits are not finite at response token {t + 1}: lower the learning rate")

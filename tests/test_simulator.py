@@ -71,7 +71,7 @@ def test_a_recording_keeps_curves_and_texts_and_is_gone_on_with(tmp_path, monkey
     assert len(long["text"]) == 3 and short["text"] == long["text"][:2] and all(isinstance(t, str) for t in long["text"])
     assert not list((tmp_path / "runs" / "smoke" / "stages").glob("ppo-*"))
     assert [state.done for state in Simulation(simulator.load()).run()][-1]
-    monkeypatch.setattr(simulator, "SETTINGS", SMALL | {"ppo.learning_rate": 1e-5, "ppo.lr_schedule": "constant"})
+    monkeypatch.setattr(simulator, "SETTINGS", small | {"ppo.learning_rate": 1e-5})
     with pytest.raises(CourseError, match="record all points anew"):
         simulator.record(only=[(TONE, 0.1, 1, 1.0)])
     simulator.record()
