@@ -38,13 +38,8 @@ def test_every_point_of_the_grid_is_a_valid_configuration():
 def test_a_recording_keeps_curves_and_texts_and_is_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "RECORDED", tmp_path / "recorded")
     monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path / "runs"))
-    for name, value in {
-        "PROFILE": "smoke",
-        "SETTINGS": SMALL | {"ppo.lr_schedule": "constant"},
-        "STEPS": (1, 2),
-        "BETAS": (0.1,),
-        "NOISES": (1.0,),
-    }.items():
+    small = SMALL | {"ppo.lr_schedule": "constant"}
+    for name, value in {"PROFILE": "smoke", "SETTINGS": small, "STEPS": (1, 2), "BETAS": (0.1,), "NOISES": (1.0,)}.items():
         monkeypatch.setattr(simulator, name, value)
     monkeypatch.setattr(simulator, "SCENARIOS", {TONE: simulator.SCENARIOS[TONE]})
     ran, run = [], simulator._run
