@@ -91,6 +91,36 @@ def test_dropout_is_off_even_in_training_mode():
     torch.testing.assert_close(policy(ids, mask, 3)[0], policy(ids, mask, 3)[0], atol=0, rtol=0)
 
 
+def test_gpt2s_own_gelu_is_computed_in_one_step_and_is_the_same_function(tmp_path):
+    plain = gpt2()
+    assert plain.config.activation_function == "gelu_new"
+    ids = torch.arange(24).view(2, 12)
+    before = plain(ids).logits
+    before.logsumexp(-1).sum().backward()
+    gradients = [p.grad.clone() for p in plain.parameters()]
+    plain.zero_grad()
+    policy = Policy(plain)
+    after = policy.lm(ids).logits
+    after.logsumexp(-1).sum().backward()
+    torch.testing.assert_close(after, before, atol=2e-6, rtol=1e-5)
+    for p, gradient in zip(policy.lm.parameters(), gradients):
+        torch.testing.assert_close(p.grad, gradient, atol=2e-5, rtol=1e-4)
+    assert "GeluBackward0" in operations(after) and "TanhBackward0" not in operations(after)
+    policy.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["activation_function"] == "gelu_new"
+
+
+def operations(x):
+    """Names of all operations behind a tensor."""
+    found, wanted = set(), [x.grad_fn]
+    while wanted:
+        node = wanted.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            wanted += [parent for parent, _ in node.next_functions]
+    return {type(node).__name__ for node in found}
+
+
 def test_a_fresh_value_is_zero_and_the_reference_shares_nothing():
     policy = Policy(gpt2(), separate=True)
     ids, mask = left_padded(QUERIES, RESPONSES, 4)
