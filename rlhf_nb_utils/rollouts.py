@@ -1,6 +1,6 @@
-"""Rollouts: one sampling loop with a KV cache that keeps logprobs and values while it samples.
+"""Rollouts: responses with the logprobs and values that were at hand when they were sampled.
 
-Knows token ids, masks and a policy. Does not know rewards, references or training. Finished rows leave the batch.
+Knows token ids, masks and a policy; the loops over tokens are in `decoding`. Does not know rewards, references or training.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
 
+from rlhf_nb_utils import decoding
 from rlhf_nb_utils.config import CourseError, RolloutsConfig
-from rlhf_nb_utils.models import Policy, autocast, position_ids, tempered
-
-# Compacting the cache copies it: wait until this share of the rows in it has finished.
-COMPACT_SHARE = 0.125
+from rlhf_nb_utils.models import Policy, autocast
 
 
 class RolloutError(CourseError):
@@ -163,52 +160,26 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
     """
     device, eos = policy.device, tokenizer.eos_token_id
     queries, query_mask = pad_queries(query_ids, tokenizer.pad_token_id, device)
-    rows, width, length = len(query_ids), queries.shape[1], cfg.response_length
+    width, length = queries.shape[1], cfg.response_length
     if width + length > policy.context_length:
         raise RolloutError(
             f"a prompt of {width} tokens and a response of {length} do not fit into a context of {policy.context_length}: "
             "shorten the prompt, or rollouts.response_length"
         )
-    responses = torch.full((rows, length), tokenizer.pad_token_id, dtype=torch.int64, device=device)
-    mask = torch.zeros((rows, length), dtype=torch.bool, device=device)
-    logprobs, values = torch.zeros((2, rows, length), dtype=torch.float32, device=device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
-    cache, alive = DynamicCache(config=policy.lm.config), torch.arange(rows, device=device)
-    attention, tokens = query_mask.long(), queries
-    for t in range(length):
-        positions = position_ids(attention)[:, -tokens.shape[1] :]
-        with autocast(device, bf16):
-            hidden = policy.lm.base_model(
-                input_ids=tokens,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            logits = tempered(policy.lm.get_output_embeddings()(hidden), cfg.temperature)
-            value = policy.value_head(hidden).squeeze(-1).float() if policy.value_trunk is None else 0.0
+    def choose(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         every = logits.log_softmax(-1)  # the whole distribution, whatever is sampled from
         token = draw(filter_logits(logits, cfg.top_k, cfg.top_p).softmax(-1), generator)
-        logprob = every.gather(1, token[:, None]).squeeze(1)
-        if not logprob.isfinite().all():
-            raise RolloutError(f"the policy's logits are not finite at response token {t + 1}: lower the learning rate")
-        going = ~ended[alive]
-        keep = alive[going]
-        responses[keep, t], mask[keep, t] = token[going], True
-        logprobs[alive, t] = torch.where(going, logprob, 0.0)
-        values[alive, t] = torch.where(going, value, 0.0)
-        ended[keep] = token[going] == eos
-        left = ~ended[alive]
-        if not left.any():
-            break
-        tokens, attention = token[:, None], torch.cat([attention, attention.new_ones(len(alive), 1)], 1)
-        if (~left).float().mean() >= COMPACT_SHARE:
-            stay = left.nonzero().squeeze(1)
-            cache.batch_select_indices(stay)
-            alive, tokens, attention = alive[stay], tokens[stay], attention[stay]
-    used = t + 1  # all ended early: what follows would be padding alone
-    rollout = Rollout(queries, query_mask, *(x[:, :used] for x in (responses, mask)), ended, logprobs[:, :used], values[:, :used])
+        return token, every.gather(1, token[:, None]).squeeze(1)
+
+    given = policy, queries, query_mask, length, choose, eos, tokenizer.pad_token_id, cfg.temperature, bf16
+    written = decoding.fixed(*given, generator) if device.type == "cuda" else decoding.shrinking(*given)
+    used = int(written.mask.any(0).sum())  # all ended early: what follows would be padding alone
+    table = (x[:, :used] for x in (written.responses, written.mask))
+    rollout = Rollout(queries, query_mask, *table, written.ended, written.logprobs[:, :used], written.values[:, :used])
+    broken = (~rollout.logprobs.isfinite()).any(0).nonzero()
+    if len(broken):
+        raise RolloutError(f"the policy's logits are not finite at response token {int(broken[0]) + 1}: lower the learning rate")
     if policy.value_trunk is not None:
         with autocast(device, bf16):
             rollout.values = policy.values(rollout.input_ids, rollout.attention_mask, used) * rollout.mask

@@ -24,7 +24,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # A module imports only from those before it.
 ORDER = [
     *("config", "hub", "tensor_ops", "lm_head", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
-    *("criteria", "preferences", "reward_model", "rollouts", "offload", "memory", "checkpoint", "tracking", "ppo", "evaluation"),
+    *(
+        "criteria",
+        "preferences",
+        "reward_model",
+        "decoding",
+        "rollouts",
+        "offload",
+        "memory",
+        "checkpoint",
+        "tracking",
+        "ppo",
+        "evaluation",
+    ),
     *(
         "store",
         "stages",
@@ -45,7 +57,7 @@ TORCH_ONLY = {"tensor_ops", "lm_head", "kl", "gae", "exact", "offload"}
 PEERS = {"trl"}  # installed into runs/ by whoever wants the comparison
 MAY_IMPORT = {
     "trl": {"bench"},
-    "transformers": {"models", "tokenizer_bridge", "reward_model", "rollouts", "bench"},
+    "transformers": {"models", "tokenizer_bridge", "reward_model", "decoding", "bench"},
     "matplotlib": {"plots", "widgets", "players"},
     "ipywidgets": {"widgets", "labelling", "players"},
     "anywidget": {"labelling"},
