@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from rlhf_nb_utils.models import Policy, autocast, position_ids, tempered
 
@@ -39,6 +40,38 @@ class Written:
         return Written(responses, mask, torch.zeros(rows, dtype=torch.bool, device=device), table, table.clone())
 
 
+class Roomy(DynamicLayer):
+    """A layer of the cache with room for all tokens from the start: a new one is written behind the others.
+
+    The library's own copies all keys and values for every token that comes.
+    """
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.stores = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for store, states in zip(self.stores, (key_states, value_states)):
+            store[:, :, start : self.length] = states
+        self.keys, self.values = (store[:, :, : self.length] for store in self.stores)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.stores = [store[indices] for store in self.stores]
+        self.keys, self.values = (store[:, :, : self.length] for store in self.stores)
+
+
+def roomy_cache(config, room: int) -> DynamicCache:
+    """A cache for ``room`` tokens a row. Layers of a kind of their own (sliding windows, say) stay as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [Roomy(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def shrinking(
     policy: Policy, queries: torch.Tensor, query_mask: torch.Tensor, length: int, choose: Choose, eos: int, pad: int,
     temperature: float = 1.0, bf16: bool = False,
@@ -46,7 +79,8 @@ def shrinking(
     """Responses of at most ``length`` tokens to queries (B, Q), padded on the left; rows that have ended leave the batch."""
     device, rows = queries.device, len(queries)
     out, alive = Written.empty(rows, length, pad, device), torch.arange(rows, device=device)
-    cache, attention, tokens = DynamicCache(config=policy.lm.config), query_mask.long(), queries
+    cache = roomy_cache(policy.lm.config, queries.shape[1] + length)
+    attention, tokens = query_mask.long(), queries
     for t in range(length):
         positions = position_ids(attention)[:, -tokens.shape[1] :]
         token, logprob, value = _next(policy, tokens, attention, positions, cache, choose, temperature, bf16)

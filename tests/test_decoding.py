@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_models import gpt2, llama
 from test_rollouts import QUERIES, Ids, make_policy
+from transformers import DynamicCache
 
 from rlhf_nb_utils import decoding, rollouts
 from rlhf_nb_utils.config import RolloutsConfig
@@ -94,3 +95,20 @@ def test_a_graph_draws_anew_at_every_replay():
     ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert (draws[0][:, decoding.WARM + 2 :] != draws[0][:, decoding.WARM + 1 : -1]).any()
+
+
+def test_a_roomy_cache_holds_what_the_librarys_own_holds():
+    config, draw = gpt2().config, torch.Generator().manual_seed(0)
+    roomy, plain = decoding.roomy_cache(config, 9), DynamicCache(config=config)
+    stay = torch.tensor([0, 2])
+    for width in (4, 1, 1, 1):
+        if width == 1 and roomy.get_seq_length() == 5:
+            roomy.batch_select_indices(stay)
+            plain.batch_select_indices(stay)
+        rows = 3 if plain.get_seq_length() <= 4 else 2
+        for layer in range(2):
+            new = [torch.randn(rows, 2, width, 8, generator=draw) for _ in range(2)]
+            for ours, theirs in zip(roomy.update(*new, layer), plain.update(*new, layer)):
+                assert torch.equal(ours, theirs)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+    assert roomy.get_seq_length() == 7 and len(roomy.layers[0].keys) == 2
