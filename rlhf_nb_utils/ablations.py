@@ -19,11 +19,12 @@ import numpy as np
 from rlhf_nb_utils import checkpoint, learn, stages, store
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, load_config, runs_dir
-from rlhf_nb_utils.learn_table import spread
+from rlhf_nb_utils.learn_table import beside, spread
 
 RECORDED = DATA / "recorded"
 CURVES = ("score_normalised", "kl", "entropy", "clipfrac", "explained_var", "value_loss", "length", "eos_rate", "kl_coef")
 SAMPLES = 4
+SOURCES = ("embedded", "imdb")
 # What all runs share: half the protocol's prompts, and half the responses an iteration, for twice as many runs.
 SHARED = {
     "evaluation.n_prompts": 500, "ppo.batch_size": 64, "ppo.gradient_accumulation_steps": 2, "ppo.evaluation_interval": 13,
@@ -187,6 +188,14 @@ def load(name: str = "ablations") -> dict:
         return json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise AblationError(f"data/recorded/{name}.json is missing or damaged: `git checkout data/recorded`") from None
+
+
+def shown(what: str) -> str:
+    """A recording as Markdown: ``learn`` (what there is of it), ``ablations`` or ``ladder``."""
+    if what == "learn":
+        there = {source: load(f"learn-{source}") for source in SOURCES if (RECORDED / f"learn-{source}.json").exists()}
+        return beside(there or {source: load(f"learn-{source}") for source in SOURCES})
+    return markdown(table(load(what)), sizes=what == "ladder")
 
 
 def table(recording: dict) -> list[dict]:

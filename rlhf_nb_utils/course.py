@@ -1,8 +1,8 @@
-"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|record|fields|store``.
+"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|record|show|fields|store``.
 
 Arguments, exit codes and the one line a user gets on wrong input; `runner` runs notebooks, `stages` trains. torch is
-imported by ``stage``, ``learn`` and ``record`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a full disk,
-130 interrupted.
+imported by ``stage``, ``learn``, ``record`` and ``show`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a
+full disk, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import yaml
 from . import runner
 from .config import PROFILES, Config, CourseError, load_config, runs_dir
 
+SHOWN = ("learn", "ablations", "ladder")
 RECORDINGS = ("ablations", "ladder", "clinic", "simulator")
 STAGES = ("sft", "preferences", "reward_model", "ppo", "evaluation")
 
@@ -114,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("--only", nargs="+", action="extend", metavar="NAME", help="only these of its runs (default all)")
     record.add_argument("--seeds", type=int, default=3, help="seeds of each ablation and rung (default 3)")
     record.add_argument("--jobs", type=int, default=1, help="runs at the same time, sharing the cores (default 1)")
+    show = commands.add_parser("show", help="a recorded table, as in the README")
+    show.add_argument("what", choices=SHOWN)
     commands.add_parser("fields", parents=[settings], help="every setting: value, bounds, default, meaning")
     commands.add_parser("store", parents=[only, out], help="run the notebooks on cpu, keep their outputs in notebooks/")
     return parser
@@ -124,6 +127,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         store(args.only, args.out)
     elif args.command == "run" and args.list:
         print_list(runner.find_notebooks(args.only))
+    elif args.command == "show":
+        from . import ablations
+
+        print(ablations.shown(args.what))
     elif args.command == "run":
         overrides = parse_overrides(args.set)
         runner.run(args.profile, args.seed, overrides, only=args.only, out=args.out, kernel=args.kernel)
@@ -164,7 +171,7 @@ def _record(args: argparse.Namespace) -> None:
         print(simulator.record(jobs=args.jobs))
     else:
         ablations.record(args.what, "cpu", range(args.seeds), args.only or (), args.jobs)
-        print(ablations.markdown(ablations.table(ablations.load(args.what)), sizes=args.what == "ladder"))
+        print(ablations.shown(args.what))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,9 +9,10 @@ is one each. `learn` measures one seed; here are the table, its intervals and it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -203,6 +204,21 @@ def markdown(rows: list[dict]) -> str:
     marks = {True: "✓", False: "✗", None: ""}
     lines = ["| quantity | mean [95 % interval] | bar | |", "|---|---|---|---|"]
     return "\n".join(lines + [f"| {r['quantity']} | {r['text']} | {r['bar']} | {marks[r['met']]} |" for r in rows])
+
+
+def beside(recordings: Mapping[str, Mapping]) -> str:
+    """Recorded tables as one, as Markdown: a column for each, under its name. Raises LearnError if their rows differ."""
+    marks, columns = {True: "✓", False: "✗", None: ""}, [recording["rows"] for recording in recordings.values()]
+    lines = ["| quantity | asked | " + " | | ".join(recordings) + " | |", "|---" * (2 + 2 * len(columns)) + "|"]
+    for rows in zip_longest(*columns):
+        if None in rows or len({row["quantity"] for row in rows}) > 1:
+            raise LearnError("the recordings are of different protocols: `course learn --record` them anew")
+        asked = rows[0]["bar"]
+        # Of a change the run's own scatter is asked, another number in each.
+        cells = [row["text"] + ("" if row["bar"] == asked else f" (asked: {row['bar']})") for row in rows]
+        marked = [f"{cell} | {marks[row['met']]}" for cell, row in zip(cells, rows)]
+        lines.append(" | ".join([f"| {rows[0]['quantity']}", asked, *marked]) + " |")
+    return "\n".join(lines)
 
 
 # --- all seeds --------------------------------------------------------------------------------------------------------

@@ -113,12 +113,11 @@ class Policy(nn.Module):
     def __init__(self, lm: nn.Module, separate: bool = False):
         super().__init__()
         self.lm = fuse_gelu(disable_dropout(lm))
-        width = lm.get_output_embeddings().weight.shape[1]
+        head = lm.get_output_embeddings().weight
         self.value_trunk = copy.deepcopy(lm.base_model) if separate else None
-        self.value_head = nn.Linear(width, 1)
+        self.value_head = nn.Linear(head.shape[1], 1, dtype=head.dtype, device=head.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.value_head.to(lm.get_output_embeddings().weight.dtype)
 
     @property
     def device(self) -> torch.device:

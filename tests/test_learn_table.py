@@ -137,12 +137,21 @@ def _seed(path):
     return json.loads((path / "stage.json").read_text())["identity"]["settings"]["seed"]
 
 
-def test_the_readme_shows_the_recorded_figures():
+def test_recorded_tables_stand_beside_each_other():
+    row = {"quantity": "KL", "text": "6.7", "bar": "≤ 8", "met": True}
+    other, longer = row | {"text": "9.1", "met": False}, row | {"quantity": "length"}
+    text = learn_table.beside({"embedded": {"rows": [row]}, "imdb": {"rows": [other]}})
+    assert text.splitlines()[0] == "| quantity | asked | embedded | | imdb | |" and text.splitlines()[1].count("---") == 6
+    assert text.splitlines()[2] == "| KL | ≤ 8 | 6.7 | ✓ | 9.1 | ✗ |"
+    asked = learn_table.beside({"embedded": {"rows": [row]}, "imdb": {"rows": [row | {"bar": "≤ 9"}]}})
+    assert "| 6.7 (asked: ≤ 9) | ✓ |" in asked
+    for rows in ([longer], [row, longer], []):
+        with pytest.raises(learn_table.LearnError, match="different protocols"):
+            learn_table.beside({"embedded": {"rows": [row]}, "imdb": {"rows": rows}})
+
+
+@pytest.mark.parametrize("what", ["learn", "ablations", "ladder"])
+def test_the_readme_shows_what_is_recorded(what):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "data" / "recorded").glob("learn-*.json"):
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        names = {row["quantity"] for row in rows}
-        lines = [line for line in readme.splitlines() if line[2:].split(" |")[0] in names]  # in order: some names come twice
-        assert len(lines) == len(rows)
-        for row, line in zip(rows, lines):
-            assert line.startswith(f"| {row['quantity']} |") and row["text"] in line, f"{path.name}: {row['quantity']}"
+    if any((ROOT / "data" / "recorded").glob(f"{what}*.json")):
+        assert ablations.shown(what) in readme, f"README.md: put in what `course show {what}` prints"
