@@ -24,7 +24,7 @@ from rlhf_nb_utils.learn_table import beside, spread
 RECORDED = DATA / "recorded"
 CURVES = ("score_normalised", "kl", "entropy", "clipfrac", "explained_var", "value_loss", "length", "eos_rate", "kl_coef")
 SAMPLES = 4
-SOURCES = ("embedded", "imdb")
+SOURCES = {"embedded": "embedded", "imdb": "IMDb"}  # as recordings are called, and in words
 # What all runs share: half the protocol's prompts, and half the responses an iteration, for twice as many runs.
 SHARED = {
     "evaluation.n_prompts": 500, "ppo.batch_size": 64, "ppo.gradient_accumulation_steps": 2, "ppo.evaluation_interval": 13,
@@ -193,8 +193,8 @@ def load(name: str = "ablations") -> dict:
 def shown(what: str) -> str:
     """A recording as Markdown: ``learn`` (what there is of it), ``ablations`` or ``ladder``."""
     if what == "learn":
-        there = {source: load(f"learn-{source}") for source in SOURCES if (RECORDED / f"learn-{source}.json").exists()}
-        return beside(there or {source: load(f"learn-{source}") for source in SOURCES})
+        there = [source for source in SOURCES if (RECORDED / f"learn-{source}.json").exists()]
+        return beside({SOURCES[source]: load(f"learn-{source}") for source in there or SOURCES})
     return markdown(table(load(what)), sizes=what == "ladder")
 
 
