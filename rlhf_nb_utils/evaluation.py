@@ -149,7 +149,7 @@ def ngram_count(responses: Sequence[Sequence[int]], n: int) -> int:
 
 
 def distinct_n(responses: Sequence[Sequence[int]], n: int, count: int | None = None, seed: int = 0) -> float:
-    """Share of distinct n-grams (Li et al. 2016) among the first ``count`` n-grams of the shuffled responses.
+    """Share of distinct n-grams (after Li et al. 2016) among the first ``count`` n-grams of the shuffled responses.
 
     The share falls as a sample grows, so compare two sets at the same ``count`` (`common_ngram_count`), never as they
     come: the policy with the longer responses would look duller than it is. Raises EvaluationError if there are fewer.

@@ -147,7 +147,7 @@ ROWS = (
 def table(results: Results, n_samples: int = 2000, seed: int = 0) -> list[dict]:
     """Every row with its mean, its 95 % interval and whether its bar is met.
 
-    Seeds and prompts are resampled together, crossed: all seeds saw the same prompts (Efron and Tibshirani 1993, ch. 8).
+    Seeds and prompts are resampled together, crossed: all seeds saw the same prompts (Owen 2007, the pigeonhole bootstrap).
     Where a run gives one value, resampling so few would give too narrow an interval: there it is Student's.
     "±" asks for a change within the scatter of one iteration about its line.
     """

@@ -111,7 +111,7 @@ def fit_classifier(
     """Logistic regression of ``targets`` (probabilities of the positive class, 0…1, one per text) on the n-grams.
 
     With ``ratios`` each column is first scaled by its own log-count ratio between the classes, so that the penalty
-    falls on n-grams that tell little (Wang and Manning 2012, §2.2 and 2.3; the scale ends up in the weights).
+    falls on n-grams that tell little (Wang and Manning 2012, eq. 2 and §2.3, for an SVM; the scale ends up in the weights).
     """
     targets = np.asarray(targets, float)
     if len(targets) != len(texts) or not ((targets >= 0) & (targets <= 1)).all():

@@ -2,7 +2,7 @@
 
 Knows policies, masks and numbers. Does not know where prompts or scores come from, nor files: checkpoints, logs and
 curves are callbacks. Departures from Schulman et al. 2017: a reward per token, −β·KL, with the score on the last one
-(Ziegler et al. 2019, §2.2); value clipping and whitened advantages (their code); an upper clip of its own if asked for.
+(Ziegler et al. 2019, eq. 2; per token in their code); value clipping and whitened advantages (OpenAI's Baselines); an upper clip of its own if asked for.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def value_loss(new_values, values, returns, mask, cliprange_value=None) -> tuple
     """Half the squared error to the λ-returns, as a mean over real tokens. All (B, T).
 
     With ``cliprange_value`` the new value may not leave the old one by more, where that would lower the loss
-    (the code of Schulman et al. 2017; Engstrom et al. 2020 find no gain: a choice, hence the switch).
+    (OpenAI's Baselines, ppo2; Engstrom et al. 2020 find no gain: a choice, hence the switch).
     """
     error = (new_values - returns).square()
     clipfrac = torch.zeros((), device=error.device)
