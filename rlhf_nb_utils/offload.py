@@ -64,7 +64,7 @@ class _Bucket:
 
 
 class CPUOffloadAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2; decay times lr, as in torch) with fp32 master weights and moments on the host.
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2; as in torch, the decay too is times lr), fp32 master and moments on the host.
 
     Arguments, parameter groups, schedulers and state dicts are those of ``torch.optim.AdamW``; besides:
 

@@ -2,7 +2,8 @@
 
 Knows policies, masks and numbers. Does not know where prompts or scores come from, nor files: checkpoints, logs and
 curves are callbacks. Departures from Schulman et al. 2017: a reward per token, −β·KL, with the score on the last one
-(Ziegler et al. 2019, eq. 2; per token in their code); value clipping and whitened advantages (OpenAI's Baselines); an upper clip of its own if asked for.
+(Ziegler et al. 2019, eq. 2; per token in their code); value clipping and whitened advantages (OpenAI's Baselines); an upper
+clip of its own if asked for.
 """
 
 from __future__ import annotations

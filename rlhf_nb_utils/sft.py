@@ -52,7 +52,7 @@ def response_nll(policy: Policy, batch: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def sft_loss(policy: Policy, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean negative log-likelihood per response token, over the whole batch; prompt tokens have no loss (Touvron et al. 2023, §3.1)."""
+    """Mean negative log-likelihood per response token, over the whole batch; prompts have none (Touvron et al. 2023, §3.1)."""
     return masked_mean(response_nll(policy, batch), batch["mask"])
 
 
