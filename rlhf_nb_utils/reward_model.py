@@ -88,7 +88,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
 
 
 class RewardModel(nn.Module):
-    """A trunk (encoder or causal), pooling, and a linear head without bias, at first of variance 1/(d + 1) (Stiennon et al. 2020).
+    """A trunk (encoder or causal), pooling, a linear head without bias, at first of variance 1/(d + 1) (Stiennon et al. 2020).
 
     A bias would cancel in every comparison. ``score_mean`` and ``score_std`` are buffers, NaN until `set_normalisation`.
     """
