@@ -213,7 +213,7 @@ def table(recording: dict) -> list[dict]:
 
 
 def markdown(rows: list[dict], sizes: bool = False) -> str:
-    """Variant, share positive, KL, gold score, diversity, length; mean ± standard error over seeds.
+    """Variant, share positive, KL, gold score, diversity, fluency, length; mean ± standard error over seeds.
 
     ``sizes`` adds what differs between policies of other sizes before PPO.
     """
@@ -225,7 +225,7 @@ def markdown(rows: list[dict], sizes: bool = False) -> str:
     columns = (size if sizes else {}) | {
         "reward model, % as gold": ("reward_model", 100, 1), "annotator-positive, %": ("positive", 100, 1),
         "KL, nats": ("kl", 1, 2), "gold score": ("gold", 1, 2), "independent-positive, %": ("independent", 100, 1),
-        "distinct-3 kept": ("distinct", 1, 2), "tokens": ("length", 1, 1),
+        "distinct-3 kept": ("distinct", 1, 2), "−log π_ref, nats a token": ("surprise", 1, 2), "tokens": ("length", 1, 1),
     }  # fmt: skip
     lines = ["| variant | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
