@@ -18,7 +18,7 @@ import numpy as np
 
 from rlhf_nb_utils import checkpoint, learn, stages, store
 from rlhf_nb_utils import evaluation as ev
-from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, load_config, runs_dir
+from rlhf_nb_utils.config import DATA, ROOT, Config, CourseError, load_config, runs_dir, same_recipe
 from rlhf_nb_utils.learn_table import beside, spread
 
 RECORDED = DATA / "recorded"
@@ -145,7 +145,7 @@ def record(
         raise AblationError("only runs on the embedded reviews may be recorded: IMDb's text is not ours to hand on")
     recipe = cfgs["recipe", seeds[0]].model_dump(mode="json") | {"seed": list(seeds)}
     kept = load(group) if (RECORDED / f"{group}.json").exists() else {"recipe": recipe, "variants": {}}
-    if kept["recipe"] != recipe and set(kept["variants"]) - set(names):
+    if not same_recipe(kept["recipe"], recipe) and set(kept["variants"]) - set(names):
         raise AblationError(f"data/recorded/{group}.json was made with another recipe or other seeds: record all variants anew")
     # The recipe first: its early stages are shared, and two processes must not build one stage at a time.
     shared = [key for key in cfgs if key[0] == "recipe"]

@@ -175,6 +175,26 @@ class PPOConfig(Section):
         return self
 
 
+class MemoryConfig(Section):
+    """What lets PPO fit into a small card. All of it costs time, or a choice; bf16 weights are ``models.dtype``."""
+
+    optimizer: Literal["adamw", "offload"] = Field(
+        "adamw", description="AdamW beside the weights, or its fp32 master and moments on the host"
+    )
+    stream_gradients: bool = Field(False, description="free each gradient once the host has it (needs optimizer: offload)")
+    checkpoint_activations: bool = Field(False, description="keep each layer's input only; compute the rest again")
+    chunked_head: bool = Field(False, description="logprobs without all logits at once; the head is computed twice")
+    park: bool = Field(False, description="reference and reward model wait in host memory between uses")
+    lora_rank: int = Field(0, ge=0, le=512, description="PPO trains low-rank adapters of this rank only; 0 = every weight")
+    lora_alpha: float = Field(32.0, gt=0, le=1024, description="adapters are scaled by lora_alpha / lora_rank")
+
+    @model_validator(mode="after")
+    def only_the_host_takes_streams(self):
+        if self.stream_gradients and self.optimizer != "offload":
+            raise ValueError("stream_gradients needs optimizer: offload, which takes the gradients")
+        return self
+
+
 class EvaluationConfig(Section):
     """What is measured on the evaluation prompts."""
 
@@ -196,6 +216,15 @@ class Config(Section):
     rollouts: RolloutsConfig = RolloutsConfig()
     ppo: PPOConfig = PPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    memory: MemoryConfig = MemoryConfig()
+
+    @model_validator(mode="after")
+    def adapters_have_one_trunk(self):
+        if self.memory.lora_rank and self.ppo.critic == "separate":
+            raise ValueError("memory.lora_rank needs ppo.critic: shared, for a second trunk would be trained in full")
+        if self.memory.lora_rank and self.ppo.ref_update_interval:
+            raise ValueError("memory.lora_rank needs ppo.ref_update_interval 0: the reference is the policy without its adapters")
+        return self
 
     @model_validator(mode="after")
     def evaluation_prompts_suffice(self):
@@ -213,6 +242,18 @@ class Config(Section):
             section = getattr(self, name)
             rows += [(f"{name}.{key}", getattr(section, key), f.description) for key, f in type(section).model_fields.items()]
         return rows
+
+
+def same_recipe(recorded: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a recording was made with the settings ``now``, both from ``Config.model_dump(mode="json")``.
+
+    A field that is younger than the recording was at its default then, whatever it did not know.
+    """
+    whole = Config(profile="").model_dump(mode="json") | recorded
+    for name, section in Config(profile="").model_dump(mode="json").items():
+        if isinstance(section, dict):
+            whole[name] = section | whole[name]
+    return whole == now
 
 
 def field_names() -> list[str]:

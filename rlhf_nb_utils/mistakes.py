@@ -21,7 +21,7 @@ import torch
 
 from rlhf_nb_utils import ablations, checkpoint, data, models, ppo, rollouts, stages, store
 from rlhf_nb_utils import evaluation as ev
-from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError, load_config
+from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError, load_config, same_recipe
 from rlhf_nb_utils.gae import gae, token_rewards
 from rlhf_nb_utils.kl import k1
 from rlhf_nb_utils.learn_table import spread
@@ -297,7 +297,7 @@ def record(profile: str = "cpu", seed: int = 0, names: Sequence[str] = (), jobs:
         raise MistakeError("only runs on the embedded reviews may be recorded: IMDb's text is not ours to hand on")
     path, recipe = ablations.RECORDED / f"{RECORDING}.json", cfg.model_dump(mode="json")
     kept = ablations.load(RECORDING) if path.exists() else {"recipe": recipe, "runs": {}}
-    if kept["recipe"] != recipe and set(kept["runs"]) - {HEALTHY, *names}:
+    if not same_recipe(kept["recipe"], recipe) and set(kept["runs"]) - {HEALTHY, *names}:
         raise MistakeError(f"data/recorded/{path.name} was made with another recipe: record all mistakes anew")
     stages.reward_model(cfg)  # before the processes, and while the code is sound
     wanted = list(dict.fromkeys([HEALTHY, *names]))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from rlhf_nb_utils import ablations, checkpoint, data, models, ppo, stages, store
-from rlhf_nb_utils.config import Config, CourseError, load_config
+from rlhf_nb_utils.config import Config, CourseError, load_config, same_recipe
 from rlhf_nb_utils.learn_table import spread
 from rlhf_nb_utils.rollouts import encode_queries, sample_many
 from rlhf_nb_utils.tokenizer_bridge import response_texts
@@ -184,7 +184,7 @@ def _kept(recipe: dict, wanted: list[Point]) -> dict[Point, dict]:
         return {}
     recording = load()
     found = {point: run for point, run in _runs(recording).items() if point in grid()}
-    if recording["recipe"] == recipe:
+    if same_recipe(recording["recipe"], recipe):
         return found
     if set(found) - set(wanted):
         raise SimulatorError(f"data/recorded/{_path().name} was made with other settings: record all points anew")

@@ -29,11 +29,11 @@ from rlhf_nb_utils.tracking import read_metrics
 # What each stage reads of the settings, and the stages before it.
 SETTINGS = {
     "sft": ("device", "data.source", "data.n_sft", "data.min_opening_words", "data.max_opening_words", "models.policy",
-            "models.dtype", "models.autocast", "sft"),
+            "models.dtype", "models.autocast", "memory.optimizer", "sft"),
     "preferences": ("data.n_preferences", "models.judge", "rollouts.response_length", "rollouts.batch_size", "rollouts.top_k",
                     "rollouts.top_p", "preferences"),
     "reward_model": ("models.reward_backbone", "reward_model"),
-    "ppo": ("data.n_ppo", "rollouts", "ppo"),
+    "ppo": ("data.n_ppo", "rollouts", "ppo", "memory"),
     "evaluation": ("data.n_evaluation", "models.evaluator", "evaluation"),
     "learn": ("profile", "models.evaluator", "evaluation"),
 }  # fmt: skip

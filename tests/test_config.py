@@ -1,9 +1,22 @@
 """Profiles and overrides: bounds hold, and whatever is wrong is named in one line together with what would be right."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
-from rlhf_nb_utils.config import PROFILES, Config, ConfigError, Section, field_names, load_config, runs_dir
+from rlhf_nb_utils.config import (
+    DATA,
+    PROFILES,
+    Config,
+    ConfigError,
+    MemoryConfig,
+    Section,
+    field_names,
+    load_config,
+    runs_dir,
+    same_recipe,
+)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -76,3 +89,39 @@ def test_every_field_says_what_it_is_and_every_number_is_bounded():
 def test_the_table_has_every_field_once():
     names = [row[0] for row in load_config("cpu").table()]
     assert sorted([*names, "device"]) == sorted(field_names())
+
+
+def test_an_old_recording_is_of_the_same_recipe_while_new_fields_are_at_their_defaults():
+    now = load_config("cpu").model_dump(mode="json") | {"seed": [0, 1, 2]}
+    old = {name: value for name, value in now.items() if name != "memory"}  # recorded before the section was there
+    old["ppo"] = {name: value for name, value in now["ppo"].items() if name != "target_kl"}  # … and before this field
+    assert same_recipe(old, now) and same_recipe(now, now)
+    changed = load_config("cpu", 0, {"memory.chunked_head": True}).model_dump(mode="json") | {"seed": [0, 1, 2]}
+    assert not same_recipe(old, changed)  # the new field is not at its default
+    assert not same_recipe(old | {"seed": [0]}, now)
+    assert not same_recipe(old | {"ppo": old["ppo"] | {"kl_coef": 0.5}}, now)
+    assert not same_recipe(old | {"gone": 1}, now)  # a field that the recording knows, and we do not
+
+
+def test_the_shipped_recording_is_of_todays_recipe():
+    recorded = json.loads((DATA / "recorded" / "ablations.json").read_text(encoding="utf-8"))["recipe"]
+    overrides = {"evaluation.n_prompts": 500, "ppo.batch_size": 64, "ppo.gradient_accumulation_steps": 2}
+    now = load_config("cpu", 0, overrides | {"ppo.evaluation_interval": 13}).model_dump(mode="json")
+    assert same_recipe(recorded, now | {"seed": [0, 1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ({"memory.stream_gradients": True}, "optimizer: offload"),
+        ({"memory.lora_rank": 8, "ppo.critic": "separate"}, "ppo.critic: shared"),
+        ({"memory.lora_rank": 8, "ppo.ref_update_interval": 5}, "ref_update_interval 0"),
+    ],
+)
+def test_memory_switches_that_contradict_each_other_are_refused(overrides, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        load_config("cpu", 0, overrides)
+
+
+def test_the_cpu_profiles_turn_no_memory_switch():
+    assert load_config("cpu").memory == load_config("smoke").memory == MemoryConfig()
