@@ -18,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
-from rlhf_nb_utils import hub
-from rlhf_nb_utils.config import CourseError, TrainingError
+from rlhf_nb_utils import hub, savings
+from rlhf_nb_utils.config import CourseError, MemoryConfig
+from rlhf_nb_utils.lm_head import head_logprobs
 from rlhf_nb_utils.ngrams import NGramLinear
+from rlhf_nb_utils.savings import at_work
 from rlhf_nb_utils.tensor_ops import logprobs_and_entropy, logprobs_from_logits
 
 hf_logging.disable_progress_bar()
@@ -92,15 +95,16 @@ def load_weights(auto, source: str, dtype: torch.dtype = torch.float32) -> nn.Mo
         raise ModelError(f"cannot load {source}: weights in safetensors are needed ({reason})") from None
 
 
-def refuse_bf16_weights(module: nn.Module) -> None:
-    """Raises TrainingError for bf16 weights under plain AdamW: without an fp32 master, small steps round to nothing."""
-    if any(p.dtype == torch.bfloat16 for p in module.parameters()):
-        raise TrainingError("bfloat16 weights need an fp32 master, which AdamW has not: models.dtype=float32, autocast=true")
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers of a model, first to last."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def has_fused_adamw(device: torch.device) -> bool:
-    """Whether torch's fused AdamW runs there: on CPU and CUDA."""
-    return device.type in ("cpu", "cuda")
+class ValueHead(nn.Linear):
+    """Hidden states (..., d) -> (..., 1). Its weights are fp32 or better whatever the trunk's, and few."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.to(self.weight.dtype))
 
 
 class Policy(nn.Module):
@@ -115,9 +119,11 @@ class Policy(nn.Module):
         self.lm = fuse_gelu(disable_dropout(lm))
         head = lm.get_output_embeddings().weight
         self.value_trunk = copy.deepcopy(lm.base_model) if separate else None
-        self.value_head = nn.Linear(head.shape[1], 1, dtype=head.dtype, device=head.device)
+        precise = torch.promote_types(head.dtype, torch.float32)
+        self.value_head = ValueHead(head.shape[1], 1, dtype=precise, device=head.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.chunked_head = self.checkpointed = self.adapters_off = False  # see `lean` and `frozen_copy`
 
     @property
     def device(self) -> torch.device:
@@ -132,38 +138,52 @@ class Policy(nn.Module):
 
         The LM head runs on these positions only; ``input_ids`` and ``attention_mask`` are (B, Q + T), query on the left.
         """
-        hidden = self._response_states(self.lm.base_model, input_ids, attention_mask, response_length)
-        logits = self.lm.get_output_embeddings()(hidden)
-        if self.value_trunk is not None:
-            hidden = self._response_states(self.value_trunk, input_ids, attention_mask, response_length)
-        return logits, self.value_head(hidden).squeeze(-1).float()
+        with at_work(self):
+            hidden, values = self._states_and_values(input_ids, attention_mask, response_length)
+            return self.lm.get_output_embeddings()(hidden), values
 
     def evaluate(self, input_ids, attention_mask, response_length: int, temperature: float = 1.0, entropy_grad=False):
         """Logprobs (B, T) of the response tokens, values (B, T) and entropy (B, T), all fp32.
 
         Entropy is a diagnostic unless ``entropy_grad``: then it carries a gradient, for the entropy bonus.
         """
-        logits, values = self(input_ids, attention_mask, response_length)
-        logprobs, entropy = logprobs_and_entropy(tempered(logits, temperature), input_ids[:, -response_length:])
+        with at_work(self):
+            hidden, values = self._states_and_values(input_ids, attention_mask, response_length)
+            labels, head = input_ids[:, -response_length:], self.lm.get_output_embeddings()
+            if self.chunked_head:
+                logprobs, entropy = head_logprobs(hidden, head.weight, labels, temperature)
+            else:
+                logprobs, entropy = logprobs_and_entropy(tempered(head(hidden), temperature), labels)
         return logprobs, values, entropy if entropy_grad else entropy.detach()
 
     def logprobs(self, input_ids, attention_mask, response_length: int, temperature: float = 1.0) -> torch.Tensor:
         """Logprobs (B, T) of the response tokens alone, fp32: what is asked of a reference."""
-        hidden = self._response_states(self.lm.base_model, input_ids, attention_mask, response_length)
-        logits = tempered(self.lm.get_output_embeddings()(hidden), temperature)
-        return logprobs_from_logits(logits, input_ids[:, -response_length:])
+        with at_work(self):
+            hidden = self._response_states(self.lm.base_model, input_ids, attention_mask, response_length)
+            labels, head = input_ids[:, -response_length:], self.lm.get_output_embeddings()
+            if self.chunked_head:
+                return head_logprobs(hidden, head.weight, labels, temperature)[0]
+            return logprobs_from_logits(tempered(head(hidden), temperature), labels)
 
     def values(self, input_ids, attention_mask, response_length: int) -> torch.Tensor:
         """Values (B, T) alone: no LM head."""
         trunk = self.value_trunk if self.value_trunk is not None else self.lm.base_model
-        hidden = self._response_states(trunk, input_ids, attention_mask, response_length)
-        return self.value_head(hidden).squeeze(-1).float()
+        with at_work(self):
+            hidden = self._response_states(trunk, input_ids, attention_mask, response_length)
+            return self.value_head(hidden).squeeze(-1).float()
 
-    @staticmethod
-    def _response_states(trunk, input_ids, attention_mask, response_length: int) -> torch.Tensor:
+    def _states_and_values(self, input_ids, attention_mask, response_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (B, T, d) for the LM head, and values (B, T) fp32 by the trunk that the critic has."""
+        hidden = of_critic = self._response_states(self.lm.base_model, input_ids, attention_mask, response_length)
+        if self.value_trunk is not None:
+            of_critic = self._response_states(self.value_trunk, input_ids, attention_mask, response_length)
+        return hidden, self.value_head(of_critic).squeeze(-1).float()
+
+    def _response_states(self, trunk, input_ids, attention_mask, response_length: int) -> torch.Tensor:
         # The last token predicts nothing that is scored: leave it out.
         mask = attention_mask[:, :-1].long()
-        out = trunk(input_ids=input_ids[:, :-1], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
+        with savings.recomputing(layers_of(trunk) if self.checkpointed else ()):
+            out = trunk(input_ids=input_ids[:, :-1], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
         # Contiguous, or the LM head would be one small product a row.
         return out.last_hidden_state[:, -response_length:].contiguous()
 
@@ -172,14 +192,15 @@ class Policy(nn.Module):
         critic = list(self.value_head.parameters())
         if self.value_trunk is not None:
             critic += list(self.value_trunk.parameters())
-        return [
-            {"params": list(self.lm.parameters()), "lr": learning_rate},
-            {"params": critic, "lr": critic_learning_rate},
-        ]
+        trained = [p for p in self.lm.parameters() if p.requires_grad]  # the adapters alone, where there are any
+        return [{"params": trained, "lr": learning_rate}, {"params": critic, "lr": critic_learning_rate}]
 
     def save(self, path: str | Path) -> None:
-        """The language model in the usual layout, loadable by plain ``from_pretrained``, and the critic beside it."""
-        self.lm.save_pretrained(path)
+        """The language model in the usual layout, loadable by plain ``from_pretrained``, and the critic beside it.
+
+        Adapters are merged into the weights they stand beside.
+        """
+        self.lm.save_pretrained(path, state_dict=savings.merged_state(self.lm) if savings.adapted(self.lm) else None)
         critic = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("lm.")}
         save_file(critic, str(Path(path) / CRITIC_FILE))
 
@@ -215,8 +236,28 @@ def load_policy(name: str, dtype: str = "float32", separate_critic: bool = False
     return policy
 
 
+def lean(policy: Policy, memory: MemoryConfig) -> Policy:
+    """Turn on what ``memory`` asks of a policy: chunked head, layers that keep their input only, adapters. Returns it.
+
+    Raises ModelError for a head with a bias, which the chunked one does not know.
+    """
+    if memory.chunked_head and getattr(policy.lm.get_output_embeddings(), "bias", None) is not None:
+        raise ModelError("the LM head of this policy has a bias: memory.chunked_head=false")
+    policy.chunked_head, policy.checkpointed = memory.chunked_head, memory.checkpoint_activations
+    if memory.lora_rank and not savings.adapted(policy.lm):
+        savings.add_adapters(policy.lm, memory.lora_rank, memory.lora_alpha)
+    return policy
+
+
 def frozen_copy(policy: Policy) -> Policy:
-    """The reference: a copy that no optimizer holds and that takes no gradient."""
+    """The reference: a copy that no optimizer holds and that takes no gradient.
+
+    Of a policy with adapters it is the policy itself, seen without them: it costs no memory.
+    """
+    if savings.adapted(policy.lm):
+        reference = copy.copy(policy)
+        reference._modules, reference.adapters_off = dict(policy._modules), True
+        return reference
     reference = copy.deepcopy(policy)
     reference.value_trunk = None
     return reference.requires_grad_(False).eval()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ import torch
 from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError
 from rlhf_nb_utils.gae import gae, token_rewards
 from rlhf_nb_utils.kl import AdaptiveKL, FixedKL, k1, k3
-from rlhf_nb_utils.models import Policy, autocast, has_fused_adamw, refuse_bf16_weights
+from rlhf_nb_utils.models import Policy, autocast
 from rlhf_nb_utils.rollouts import Rollout, encode_queries, sample_many
+from rlhf_nb_utils.savings import accumulating, at_work, clipped_step, make_optimizer
 from rlhf_nb_utils.tensor_ops import masked_mean, masked_var, whiten
 from rlhf_nb_utils.tokenizer_bridge import response_texts
 
@@ -115,7 +117,8 @@ def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float
     """
     total, stats, worst = batch.mask.sum(), {}, 0.0
     optimizer.zero_grad(set_to_none=True)
-    for part in batch.parts(cfg.gradient_accumulation_steps):
+    parts = batch.parts(cfg.gradient_accumulation_steps)
+    for part in parts:
         weight = part.mask.sum() / total
         with autocast(part.mask.device, bf16):
             new_logprobs, new_values, entropy = policy.evaluate(
@@ -127,17 +130,19 @@ def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float
         vf_loss, vf_stats = value_loss(new_values, part.values, part.returns, part.mask, cfg.cliprange_value)
         mean_entropy = masked_mean(entropy, part.mask)
         loss = pg_loss + cfg.vf_coef * vf_loss - cfg.entropy_coef * mean_entropy
-        (weight * loss).backward()
+        with accumulating(optimizer, more=part is not parts[-1]):
+            (weight * loss).backward()
         row = {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": mean_entropy, "loss": loss, **pg_stats, **vf_stats}
         for key, value in row.items():
             stats[key] = stats.get(key, 0.0) + (weight * value.detach()).item()
         worst = max(worst, pg_stats["ratio_max_deviation"].item())
     stats["ratio_max_deviation"] = worst  # a maximum, not a mean of maxima
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
-    if not torch.isfinite(torch.tensor([stats["loss"], stats["grad_norm"]])).all():
-        raise TrainingError(f"loss {stats['loss']}, gradient norm {stats['grad_norm']}: lower ppo.learning_rate")
-    optimizer.step()
+    try:
+        if not math.isfinite(stats["loss"]):
+            raise FloatingPointError("no weight was changed")
+        stats["grad_norm"] = clipped_step(optimizer, cfg.max_grad_norm)
+    except FloatingPointError as error:
+        raise TrainingError(f"loss {stats['loss']}, {error}: lower ppo.learning_rate") from None
     return stats
 
 
@@ -187,7 +192,8 @@ def make_batch(state: TrainState, reward_fn: RewardFn, queries: list[str], rollo
     scores = scores_of(reward_fn, queries, responses, mask.device)
     normalised = ((scores - state.score_mean) / state.score_std).clamp(-ppo.score_clip, ppo.score_clip)
     penalised = normalised - ppo.missing_eos_penalty * (~rollout.ended)
-    ref_logprobs = _ref_logprobs(state.reference, rollout, ppo.num_mini_batches * ppo.gradient_accumulation_steps, cfg)
+    with at_work(state.reference):
+        ref_logprobs = _ref_logprobs(state.reference, rollout, ppo.num_mini_batches * ppo.gradient_accumulation_steps, cfg)
     estimates = {"k1": k1(rollout.logprobs, ref_logprobs) * mask, "k3": k3(rollout.logprobs, ref_logprobs) * mask}
     rewards = token_rewards(penalised, estimates[ppo.kl_estimator], mask, state.kl_controller.value)
     advantages, returns = gae(rewards, rollout.values, mask, ppo.gamma, ppo.lam)
@@ -244,17 +250,17 @@ def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenize
     if not prompts:
         raise TrainingError("PPO has no prompts: raise data.n_ppo, or pass at least one")
     check(cfg)
-    refuse_bf16_weights(policy)
     ppo = cfg.ppo
     groups = policy.parameter_groups(ppo.learning_rate, ppo.critic_learning_rate)
-    optimizer = torch.optim.AdamW(groups, eps=ppo.adam_eps, weight_decay=0.0, fused=has_fused_adamw(policy.device))
+    optimizer = make_optimizer(groups, cfg.memory, eps=ppo.adam_eps, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     adaptive = ppo.kl_controller == "adaptive"
     controller = AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) if adaptive else FixedKL(ppo.kl_coef)
     queries = [prompts[i % len(prompts)] for i in range(max(min(NORM_SAMPLES, 4 * ppo.batch_size), 2))]
     ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, -1, 0)
-    rollout = sample_many(reference, ids, cfg.rollouts, tokenizer, seed, cfg.models.autocast)
+    with at_work(reference):
+        rollout = sample_many(reference, ids, cfg.rollouts, tokenizer, seed, cfg.models.autocast)
     scores = scores_of(reward_fn, queries, response_texts(tokenizer, rollout.responses, rollout.mask), "cpu")
     # Scores that are all the same (a rule that never fires) have no unit: leave theirs, instead of blowing it up.
     std = scores.std().item()
@@ -275,6 +281,7 @@ def train(state: TrainState, reward_fn: RewardFn, prompts: list[str], tokenizer,
         for group in state.optimizer.param_groups:
             decay = 1 - iteration / ppo.iterations if ppo.lr_schedule == "linear" else 1.0
             group["lr"] = group["initial_lr"] * decay
+        state.optimizer.zero_grad(set_to_none=True)  # the last gradients have no use while the next responses are sampled
         try:
             # 1. sample responses; 2. score them, price the KL, form advantages and returns
             ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, iteration, 1)

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from rlhf_nb_utils import hub, models, ngrams
+from rlhf_nb_utils import hub, models, ngrams, savings
 from rlhf_nb_utils.config import CourseError
 from rlhf_nb_utils.data import Comparison
 from rlhf_nb_utils.tokenizer_bridge import encode_pairs
@@ -168,10 +168,11 @@ class RewardModel(nn.Module):
         self.eval()
         scores = torch.empty(len(rows))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            with models.autocast(self.device, autocast):
-                scores[part] = self(*_collate([rows[i] for i in part], self.device)).cpu()
+        with savings.at_work(self):
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                with models.autocast(self.device, autocast):
+                    scores[part] = self(*_collate([rows[i] for i in part], self.device)).cpu()
         self.train(training)
         bad = (~scores.isfinite()).nonzero().flatten()
         if len(bad):

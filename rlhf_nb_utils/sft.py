@@ -9,9 +9,10 @@ import math
 
 import torch
 
-from rlhf_nb_utils.config import CourseError, SFTConfig, TrainingError
-from rlhf_nb_utils.models import Policy, autocast, has_fused_adamw, refuse_bf16_weights
-from rlhf_nb_utils.tensor_ops import logprobs_from_logits, masked_mean
+from rlhf_nb_utils.config import CourseError, MemoryConfig, SFTConfig, TrainingError
+from rlhf_nb_utils.models import Policy, autocast
+from rlhf_nb_utils.savings import clipped_step, make_optimizer
+from rlhf_nb_utils.tensor_ops import masked_mean
 
 
 def encode_demonstration(tokenizer, query: str, response: str, max_length: int) -> tuple[list[int], list[int]]:
@@ -47,8 +48,7 @@ def collate(demonstrations: list[tuple[list[int], list[int]]], pad_token_id: int
 def response_nll(policy: Policy, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Negative log-likelihood (B, T) in nats of each response token; prompt tokens are not in it."""
     length = batch["mask"].shape[1]
-    logits, _ = policy(batch["input_ids"], batch["attention_mask"], length)
-    return -logprobs_from_logits(logits.float(), batch["input_ids"][:, -length:])
+    return -policy.logprobs(batch["input_ids"], batch["attention_mask"], length)
 
 
 def sft_loss(policy: Policy, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -62,17 +62,18 @@ def linear_warmup_decay(step: int, steps: int, warmup: int) -> float:
 
 
 def train(
-    policy, tokenizer, demonstrations, cfg: SFTConfig, seed: int = 0, bf16=False, heldout=None, callback=None
-) -> list[dict]:
+    policy, tokenizer, demonstrations, cfg: SFTConfig, seed: int = 0, bf16=False, heldout=None, callback=None,
+    memory: MemoryConfig | None = None,
+) -> list[dict]:  # fmt: skip
     """Fine-tune ``policy`` in place on (query, response) texts; returns one row of metrics per optimizer step.
 
     ``callback(step, steps, row)`` follows it live. Raises TrainingError, naming the step, if loss or gradient is not finite.
     """
-    refuse_bf16_weights(policy)
     longest = min(cfg.max_length, policy.context_length)
     encoded = [encode_demonstration(tokenizer, q, r, longest) for q, r in demonstrations]
-    fused, weights = has_fused_adamw(policy.device), list(policy.lm.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = make_optimizer(
+        policy.lm.parameters(), memory or MemoryConfig(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay
+    )
     per_epoch = math.ceil(len(encoded) / cfg.batch_size)
     steps, history = per_epoch * cfg.epochs, []
     for epoch in range(cfg.epochs):
@@ -85,17 +86,17 @@ def train(
             with autocast(policy.device, bf16):
                 loss = sft_loss(policy, collate(rows, tokenizer.pad_token_id, policy.device))
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            if not torch.isfinite(loss + norm):
+            try:
+                norm = clipped_step(optimizer, 1.0)
+            except FloatingPointError as error:  # a loss that is not finite has a gradient that is not
                 raise TrainingError(
-                    f"SFT stopped at step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}: lower sft.learning_rate"
-                )
-            optimizer.step()
+                    f"SFT stopped at step {step + 1}: loss {loss.item()}, {error}: lower sft.learning_rate"
+                ) from None
             optimizer.zero_grad()
             row = {
                 "step": step + 1,
                 "loss": loss.item(),
-                "grad_norm": norm.item(),
+                "grad_norm": norm,
                 "lr": optimizer.param_groups[0]["lr"],
             }
             if heldout and (step + 1 == steps or (at + 1 == per_epoch)):

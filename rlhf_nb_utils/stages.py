@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_nb_utils import checkpoint, data, models
+from rlhf_nb_utils import checkpoint, data, models, savings
 from rlhf_nb_utils import evaluation as ev
 from rlhf_nb_utils import ppo as ppo_
 from rlhf_nb_utils import preferences as pf
@@ -46,13 +46,15 @@ def sft(cfg: Config, callback=None) -> Stage:
     def make(folder: Path) -> dict:
         device = models.pick_device(cfg.device)
         policy = models.load_policy(cfg.models.policy, cfg.models.dtype).to(device)
+        models.lean(policy, cfg.memory.model_copy(update={"lora_rank": 0}))  # adapters are for PPO
         tokenizer = models.load_tokenizer(cfg.models.policy)
         demos = [data.split_opening(r, cfg.data) for r in data.load_reviews(cfg.data, "sft")]
         heldout, demos = demos[: len(demos) // 10], demos[len(demos) // 10 :]
         bf16 = cfg.models.autocast
         torch.manual_seed(cfg.seed)
         before = sft_.heldout_loss(policy, tokenizer, heldout, cfg.sft, bf16)
-        rows = sft_.train(policy, tokenizer, demos, cfg.sft, cfg.seed, bf16, heldout, callback) if cfg.sft.epochs else []
+        given = demos, cfg.sft, cfg.seed, bf16, heldout, callback, cfg.memory
+        rows = sft_.train(policy, tokenizer, *given) if cfg.sft.epochs else []
         policy.save(folder)
         tokenizer.save_pretrained(folder)
         _log_rows(folder, rows, "sft")
@@ -154,8 +156,9 @@ def ppo(cfg: Config, callback=None) -> Stage:
 
     def make(folder: Path) -> dict:
         policy, tokenizer = load_policy(first, cfg)
-        reference = models.frozen_copy(policy)  # always the SFT policy, also after a resume
-        scorer = annotator(cfg) if cfg.ppo.reward == "annotator" else load_reward_model(scored, cfg).score
+        models.lean(policy, cfg.memory)
+        reference = _waiting(models.frozen_copy(policy), cfg)  # always the SFT policy, also after a resume
+        scorer = annotator(cfg) if cfg.ppo.reward == "annotator" else _waiting(load_reward_model(scored, cfg), cfg).score
         prompts = data.load_prompts(cfg.data, "ppo")
         kept = min(WATCHED_PROMPTS, len(prompts) // 4)
         train_prompts, watch = prompts[kept:], prompts[:kept]
@@ -184,6 +187,12 @@ def ppo(cfg: Config, callback=None) -> Stage:
         }
 
     return build(cfg, "ppo", make, resumes=True)
+
+
+def _waiting(module, cfg: Config):
+    """The module, which lies on the host until it is asked something if ``cfg.memory.park``. On a CPU it is there anyway."""
+    device = models.pick_device(cfg.device)
+    return savings.park(module, device) if cfg.memory.park and device.type != "cpu" else module
 
 
 def _watcher(cfg: Config, scorer, prompts: list[str], tokenizer, path: Path):
@@ -228,7 +237,7 @@ def save(state: ppo_.TrainState, folder: Path, cfg: Config) -> None:
     if state.iteration % cfg.ppo.checkpoint_interval:
         return
     optimizer, groups = checkpoint.optimizer_to_tensors(state.optimizer)
-    tensors = {"policy": dict(state.policy.named_parameters()), "optimizer": optimizer}
+    tensors = {"policy": _trained(state.policy), "optimizer": optimizer}
     if cfg.ppo.ref_update_interval:  # otherwise the reference is the SFT policy, and nothing else may pose as it
         tensors["reference"] = dict(state.reference.named_parameters())
     facts = {
@@ -241,6 +250,11 @@ def save(state: ppo_.TrainState, folder: Path, cfg: Config) -> None:
     checkpoint.save(folder / CHECKPOINTS / f"{state.iteration:06d}", tensors, facts)
 
 
+def _trained(policy: models.Policy) -> dict[str, torch.Tensor]:
+    """The parameters that training moves: all of them, or the adapters and the critic."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
 def restore(state: ppo_.TrainState, folder: Path) -> None:
     """Put the newest sound checkpoint of ``folder``, if there is one, into a prepared run."""
     path = checkpoint.latest(folder / CHECKPOINTS)
@@ -250,7 +264,7 @@ def restore(state: ppo_.TrainState, folder: Path) -> None:
     for name in ("policy", "reference"):
         if name in tensors:
             model = getattr(state, name)
-            if set(tensors[name]) != set(dict(model.named_parameters())):
+            if set(tensors[name]) != set(_trained(model) if name == "policy" else dict(model.named_parameters())):
                 raise StageError(f"{path.name} holds other {name} parameters than this run's: delete {path.parent.parent.name}")
             model.load_state_dict(tensors[name], strict=False)  # buffers are no parameters, tied weights are stored once
     checkpoint.optimizer_from_tensors(state.optimizer, tensors["optimizer"], facts["optimizer"])

@@ -23,18 +23,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # A module imports only from those before it.
 ORDER = [
-    *("config", "hub", "tensor_ops", "lm_head", "kl", "gae", "exact", "ngrams", "models", "tokenizer_bridge", "data", "sft"),
+    *("config", "hub", "tensor_ops", "lm_head", "offload", "savings", "kl", "gae", "exact", "ngrams", "models"),
+    *("tokenizer_bridge", "data", "sft"),
     *(
         "criteria",
         "preferences",
         "reward_model",
         "decoding",
         "rollouts",
-        "offload",
-        "memory",
         "checkpoint",
         "tracking",
         "ppo",
+        "memory",
         "evaluation",
     ),
     *(
@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "anywidget": {"labelling"},
     "IPython": {"widgets", "labelling", "players"},
     "papermill": {"runner"},
+    "peft": {"savings"},
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
