@@ -219,6 +219,15 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
 
     @model_validator(mode="after")
+    def bf16_weights_have_a_master(self):
+        if self.models.dtype == "bfloat16" and self.memory.optimizer != "offload":
+            raise ValueError(
+                "models.dtype bfloat16 needs memory.optimizer: offload, for small steps round to nothing without an fp32 master; "
+                "or float32 with models.autocast"
+            )
+        return self
+
+    @model_validator(mode="after")
     def adapters_have_one_trunk(self):
         if self.memory.lora_rank and self.ppo.critic == "separate":
             raise ValueError("memory.lora_rank needs ppo.critic: shared, for a second trunk would be trained in full")

@@ -1,8 +1,8 @@
-"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|learn|record|show|fields|store``.
+"""The course from the command line: ``python -m rlhf_nb_utils.course run|stage|plan|learn|record|show|fields|store``.
 
 Arguments, exit codes and the one line a user gets on wrong input; `runner` runs notebooks, `stages` trains. torch is
-imported by ``stage``, ``learn``, ``record`` and ``show`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input or a
-full disk, 130 interrupted.
+imported by ``stage``, ``plan``, ``learn``, ``record`` and ``show`` only. Exit codes: 0 done, 1 a notebook failed, 2 wrong input
+or a full disk, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -106,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--list", action="store_true", help="list the notebooks and stop")
     stage_ = commands.add_parser("stage", parents=[settings, out], help="run one stage without its notebook")
     stage_.add_argument("name", choices=STAGES)
+    plan = commands.add_parser("plan", parents=[settings], help="device memory of a PPO iteration, and what fits in 8 to 24 GB")
+    plan.add_argument("--query", type=int, metavar="TOKENS", help="tokens of a query (default two a word of the longest)")
+    plan.add_argument("--measure", action="store_true", help="run the phases on the CUDA device too, with random weights")
     learn = commands.add_parser("learn", parents=[settings, out], help="measure the recipe over seeds: one table, in runs/")
     learn.add_argument("--seeds", type=int, default=5, help="how many seeds, from --seed on (default 5)")
     learn.add_argument("--jobs", type=int, default=1, help="seeds measured at the same time, sharing the cores (default 1)")
@@ -148,6 +151,11 @@ def _train(args: argparse.Namespace) -> None:
     """The commands that need torch."""
     if args.command == "stage":
         print(stage(args.name, _config(args)))
+    elif args.command == "plan":
+        from . import memory, phases
+
+        cfg = _config(args)
+        print(memory.report(cfg, args.query, phases.measure(cfg, args.query) if args.measure else None))
     elif args.command == "learn":
         from . import ablations
         from .learn_table import learn

@@ -65,6 +65,11 @@ class Roomy(DynamicLayer):
         self.keys, self.values = (store[:, :, : self.length] for store in self.stores)
 
 
+def static_cache(config, room: int) -> StaticCache:
+    """A cache for ``room`` tokens a row, all of which are attended to, what is not yet written being masked."""
+    return StaticCache(config, max_cache_len=room)
+
+
 def roomy_cache(config, room: int) -> DynamicCache:
     """A cache for ``room`` tokens a row. Layers of a kind of their own (sliding windows, say) stay as they are."""
     cache = DynamicCache(config=config)
@@ -83,7 +88,7 @@ def shrinking(
     attention, tokens = query_mask.long(), queries
     for t in range(length):
         positions = position_ids(attention)[:, -tokens.shape[1] :]
-        token, logprob, value = _next(policy, tokens, attention, positions, cache, choose, temperature, bf16)
+        token, logprob, value = next_token(policy, tokens, attention, positions, cache, choose, temperature, bf16)
         going = ~out.ended[alive]
         keep = alive[going]
         out.responses[keep, t], out.mask[keep, t] = token[going], True
@@ -110,7 +115,7 @@ def fixed(
     ``generator`` is the one that ``choose`` draws from: a graph has to know it.
     """
     (rows, width), device = queries.shape, queries.device
-    out, cache = Written.empty(rows, length, pad, device), StaticCache(policy.lm.config, max_cache_len=width + length)
+    out, cache = Written.empty(rows, length, pad, device), static_cache(policy.lm.config, width + length)
     positions = position_ids(query_mask)
     # All that a step changes, it changes in place. (B, 1, 1, Q + T): a mask of this form is taken as it is.
     seen = torch.cat([query_mask, torch.zeros_like(out.mask)], 1)[:, None, None]
@@ -131,9 +136,9 @@ def fixed(
         position.add_(1)
         entry.add_(1)
         seen.index_fill_(3, entry, True)
-        write(*_next(policy, last, seen, position, cache, choose, temperature, bf16))
+        write(*next_token(policy, last, seen, position, cache, choose, temperature, bf16))
 
-    write(*_next(policy, queries, query_mask.long(), positions, cache, choose, temperature, bf16))
+    write(*next_token(policy, queries, query_mask.long(), positions, cache, choose, temperature, bf16))
     advance = step
     for t in range(1, length):
         if t % ASK == 0 and bool(out.ended.all()):
@@ -144,7 +149,7 @@ def fixed(
     return out
 
 
-def _next(policy: Policy, ids, attention, positions, cache, choose: Choose, temperature: float, bf16: bool):
+def next_token(policy: Policy, ids, attention, positions, cache, choose: Choose, temperature: float, bf16: bool):
     """Token, logprob and value (B,) of the state behind ids (B, L), of which the cache has seen all that came before."""
     with autocast(ids.device, bf16):
         hidden = policy.lm.base_model(

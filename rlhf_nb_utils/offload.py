@@ -260,7 +260,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
             stream = self._streams[p.device]
             stream.wait_stream(torch.cuda.current_stream(p.device))
             with torch.cuda.stream(stream):
-                self._squares[id(p)] = grad.float().square().sum()
+                self._squares[id(p)] = torch.linalg.vector_norm(grad, dtype=torch.float32).square()  # no fp32 copy
                 here.copy_(grad, non_blocking=True)
             grad.record_stream(stream)  # its memory is not free before it has been copied
         else:

@@ -159,6 +159,7 @@ def update(policy, optimizer, batch: Batch, cfg: PPOConfig, generator, temperatu
         approxkl = sum(s["approxkl"] for s in epoch_steps) / len(epoch_steps)
         if cfg.target_kl is not None and approxkl > cfg.target_kl:
             break
+    optimizer.zero_grad(set_to_none=True)  # they need not lie there while the next responses are sampled
     mean = {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
     return {**mean, "first_ratio_deviation": first["ratio_max_deviation"], "ppo_epochs": len(steps) // len(epoch_steps)}
 
@@ -281,7 +282,6 @@ def train(state: TrainState, reward_fn: RewardFn, prompts: list[str], tokenizer,
         for group in state.optimizer.param_groups:
             decay = 1 - iteration / ppo.iterations if ppo.lr_schedule == "linear" else 1.0
             group["lr"] = group["initial_lr"] * decay
-        state.optimizer.zero_grad(set_to_none=True)  # the last gradients have no use while the next responses are sampled
         try:
             # 1. sample responses; 2. score them, price the KL, form advantages and returns
             ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, iteration, 1)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from rlhf_nb_utils import hub, models, ngrams, savings
-from rlhf_nb_utils.config import CourseError
+from rlhf_nb_utils.config import CourseError, MemoryConfig
 from rlhf_nb_utils.data import Comparison
 from rlhf_nb_utils.tokenizer_bridge import encode_pairs
 
@@ -369,12 +369,12 @@ def _loss(scores: Tensor, valid: Tensor, kind: str, gold: Tensor | None, cuts: T
     return loss, (chosen - rejected).detach()
 
 
-def _optimizer(model: RewardModel, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def _optimizer(model: RewardModel, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Fused AdamW; biases and the gains of layer norms are not decayed."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=models.has_fused_adamw(model.device))
+    return savings.make_optimizer(groups, MemoryConfig(), lr=learning_rate)
 
 
 def _warmup_decay(total: int, ratio: float) -> Callable[[int], float]:

@@ -34,6 +34,9 @@ ORDER = [
         "checkpoint",
         "tracking",
         "ppo",
+        "shapes",
+        "tracing",
+        "phases",
         "memory",
         "evaluation",
     ),
@@ -57,7 +60,7 @@ TORCH_ONLY = {"tensor_ops", "lm_head", "kl", "gae", "exact", "offload"}
 PEERS = {"trl"}  # installed into runs/ by whoever wants the comparison
 MAY_IMPORT = {
     "trl": {"bench"},
-    "transformers": {"models", "tokenizer_bridge", "reward_model", "decoding", "bench"},
+    "transformers": {"models", "tokenizer_bridge", "reward_model", "decoding", "shapes", "bench"},
     "matplotlib": {"plots", "widgets", "players"},
     "ipywidgets": {"widgets", "labelling", "players"},
     "anywidget": {"labelling"},

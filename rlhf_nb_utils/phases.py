@@ -1,0 +1,231 @@
+"""The phases of a PPO iteration, as they use memory: traced with fake tensors, or run with random weights on a device.
+
+Both call the package's own code: `decoding.next_token`, `RewardModel.forward`, `Policy.logprobs` and `evaluate`, the losses.
+Knows how many rows and tokens each phase handles at a time. Does not know what lies in memory besides, nor which card is there:
+that is `memory`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from rlhf_nb_utils import decoding, ppo, rollouts, shapes, tracing
+from rlhf_nb_utils.config import Config, ConfigError
+from rlhf_nb_utils.models import autocast, frozen_copy, pick_device, position_ids
+from rlhf_nb_utils.savings import at_work, make_optimizer, park
+
+MIB = 2**20
+PHASES = ("sample", "score", "reference logprobs", "update", "optimizer step")
+SCORED = 128  # texts in a batch of `RewardModel.score`
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many rows and tokens a phase handles at a time."""
+
+    query: int
+    response: int
+    sampled: int  # rows of a sampling batch
+    part: int  # rows of a micro-batch
+    parts: int  # micro-batches of an optimizer step
+    scored: int
+    scored_tokens: int
+
+    @staticmethod
+    def of(cfg: Config, query: int | None = None) -> Sizes:
+        """``query`` tokens, or two for each word of the longest opening."""
+        many = cfg.ppo.num_mini_batches * cfg.ppo.gradient_accumulation_steps
+        return Sizes(
+            query or 2 * cfg.data.max_opening_words, cfg.rollouts.response_length, cfg.rollouts.batch_size,
+            math.ceil(cfg.ppo.batch_size / many), cfg.ppo.gradient_accumulation_steps,
+            min(SCORED, cfg.ppo.batch_size), cfg.reward_model.max_length,
+        )  # fmt: skip
+
+
+# --- traced -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _sample(policy, timeline, cfg: Config, sizes: Sizes) -> None:
+    """The first token and the last, with the cache that all of them need."""
+    rows, width, room = sizes.sampled, sizes.query, sizes.query + sizes.response
+    queries, mask = torch.zeros(rows, width, dtype=torch.int64), torch.ones(rows, width, dtype=torch.bool)
+    draw = torch.Generator()
+
+    def choose(logits):
+        every = logits.log_softmax(-1)
+        token = rollouts.draw(logits.softmax(-1), draw)
+        return token, every.gather(1, token[:, None]).squeeze(1)
+
+    def step(ids, seen, positions) -> None:
+        decoding.next_token(policy, ids, seen, positions, cache, choose, cfg.rollouts.temperature, cfg.models.autocast)
+
+    still = cfg.device != "cpu"  # as `rollouts.sample` chooses
+    cache = (decoding.static_cache if still else decoding.roomy_cache)(policy.lm.config, room)
+    step(queries, mask.long(), position_ids(mask))  # makes the cache, which is not an activation
+    timeline.once_more(sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values)))
+    _fill(cache, 0)
+    step(queries, mask.long(), position_ids(mask))
+    timeline.once_more()
+    _fill(cache, room - 1)
+    seen = torch.ones(rows, room, dtype=torch.bool)
+    step(queries[:, :1], seen[:, None, None] if still else seen.long(), torch.full((rows, 1), room - 1))
+
+
+def _fill(cache, length: int) -> None:
+    """As if ``length`` tokens had been seen; a static cache looks the same at any time."""
+    for layer in cache.layers:
+        if isinstance(layer, decoding.Roomy):
+            layer.length = length
+            layer.keys, layer.values = (store[:, :, :length] for store in layer.stores)
+
+
+def _rows(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, Q + T) of a micro-batch, and their mask."""
+    shape = sizes.part, sizes.query + sizes.response
+    return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+
+
+@torch.no_grad()
+def _reference(policy, timeline, cfg: Config, sizes: Sizes) -> None:
+    with autocast(torch.device("cpu"), cfg.models.autocast):
+        frozen = frozen_copy(policy) if cfg.memory.lora_rank else policy
+        frozen.logprobs(*_rows(sizes), sizes.response, cfg.rollouts.temperature)
+
+
+@torch.no_grad()
+def _score(model, timeline, cfg: Config, sizes: Sizes) -> None:
+    shape = sizes.scored, sizes.scored_tokens
+    model(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64))
+
+
+def _update(policy, timeline, cfg: Config, sizes: Sizes) -> None:
+    """Two micro-batches, where there are several: while the second is computed the first one's gradients lie there."""
+    ids, attention = _rows(sizes)
+    mask = attention[:, -sizes.response :]
+    kept = torch.zeros(mask.shape)
+    for turn in range(min(2, sizes.parts)):
+        timeline.once_more()
+        with autocast(torch.device("cpu"), cfg.models.autocast):
+            logprobs, values, entropy = policy.evaluate(
+                ids, attention, sizes.response, cfg.rollouts.temperature, entropy_grad=cfg.ppo.entropy_coef > 0
+            )
+        loss, _ = ppo.policy_loss(logprobs, kept, kept, mask, cfg.ppo.cliprange, cfg.ppo.cliprange_high)
+        loss = loss + cfg.ppo.vf_coef * ppo.value_loss(values, kept, kept, mask, cfg.ppo.cliprange_value)[0]
+        loss = loss - cfg.ppo.entropy_coef * ppo.masked_mean(entropy, mask)
+        if cfg.memory.stream_gradients and not turn:
+            for p in filter(lambda p: p.requires_grad, policy.parameters()):
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        loss.backward()
+
+
+_RUNS = {"sample": _sample, "score": _score, "reference logprobs": _reference, "update": _update}
+# Of the settings, what each phase depends on: a plan with other switches finds the rest again.
+_READS = {
+    "sample": ("device", "models", "ppo.critic", "rollouts", "memory.lora_rank"),
+    "score": ("models.reward_backbone", "models.policy", "reward_model"),
+    "reference logprobs": ("models", "rollouts.temperature", "memory.chunked_head", "memory.lora_rank"),
+    "update": ("models", "ppo.critic", "ppo.entropy_coef", "memory"),
+}
+
+
+_found: dict[tuple, tracing.Bytes] = {}
+
+
+def traced(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:
+    """Bytes of each kind at the highest moment of a phase, its model included."""
+    key = phase, sizes, *(repr(operator.attrgetter(name)(cfg)) for name in _READS[phase])
+    if key not in _found:
+        _found[key] = _trace(phase, cfg, sizes)
+    return _found[key]
+
+
+def _trace(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:
+    scoring = phase == "score" and cfg.reward_model.backbone == "encoder"
+    config = shapes.config_of(cfg.models.reward_backbone if scoring else cfg.models.policy)
+
+    def build(layers: int):
+        cut = shapes.with_layers(config, layers)
+        if phase == "score":
+            return shapes.reward_model_of(cut, cfg.reward_model)
+        if phase == "reference logprobs":  # autocast keeps no copy of a weight that takes no gradient
+            return shapes.policy_of(cut, cfg, separate=False).requires_grad_(False)
+        return shapes.policy_of(cut, cfg)
+
+    head = None if phase == "score" else (config.vocab_size, getattr(config, "word_embed_proj_dim", config.hidden_size))
+    run = functools.partial(_RUNS[phase], cfg=cfg, sizes=sizes)
+    return tracing.peak(build, run, config.num_hidden_layers, head)
+
+
+# --- measured ---------------------------------------------------------------------------------------------------------
+
+
+class _Allocated:
+    """The most that the CUDA allocator had given out since it was entered."""
+
+    def __enter__(self):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_) -> None:
+        torch.cuda.synchronize()
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+
+def measure(cfg: Config, query: int | None = None, watch: Callable[[], Any] | None = None) -> dict[str, float]:
+    """MiB of each phase as they really are, without `CONTEXT`: the planned phases with random weights, after a first update.
+
+    ``watch()`` is a context with the ``peak`` in bytes that was reached inside; without one a CUDA device is needed. What
+    is called "update" here has the optimizer's step in it.
+    """
+    device = pick_device(cfg.device)
+    if watch is None and device.type != "cuda":
+        raise ConfigError("only on a CUDA device can a plan be measured: --set device=cuda, where there is one")
+    sizes, bf16, found = Sizes.of(cfg, query), cfg.models.autocast, {}
+    with torch.device(device):
+        policy = shapes.policy_of(shapes.config_of(cfg.models.policy), cfg)
+        judge = shapes.config_of(cfg.models.reward_backbone if cfg.reward_model.backbone == "encoder" else cfg.models.policy)
+        reference, judge = frozen_copy(policy), shapes.reward_model_of(judge, cfg.reward_model)
+        ids, attention = _rows(sizes)
+        texts = torch.zeros(sizes.scored, sizes.scored_tokens, dtype=torch.int64)
+    for waiting in (reference, judge) if cfg.memory.park else ():
+        park(waiting, device)
+    groups = policy.parameter_groups(cfg.ppo.learning_rate, cfg.ppo.critic_learning_rate)
+    optimizer = make_optimizer(groups, cfg.memory, eps=cfg.ppo.adam_eps)
+    numbers = torch.zeros(sizes.part * sizes.parts, sizes.response, device=device)
+    many = (x.repeat(sizes.parts, 1) for x in (ids, attention, attention[:, -sizes.response :]))
+    batch, nobody = ppo.Batch(*many, *[numbers] * 4), SimpleNamespace(eos_token_id=-1, pad_token_id=0)
+    draw, temperature = torch.Generator(device), cfg.rollouts.temperature
+
+    def update():
+        ppo.ppo_step(policy, optimizer, batch, cfg.ppo, temperature, bf16)
+
+    def logprobs():
+        with torch.no_grad(), at_work(reference), autocast(device, bf16):
+            reference.logprobs(ids, attention, sizes.response, temperature)
+
+    def score():
+        with torch.no_grad(), at_work(judge):
+            judge(texts, torch.ones_like(texts))
+
+    queries = [[0] * sizes.query] * sizes.sampled
+    update()  # the optimizer's states are there from now on
+    optimizer.zero_grad(set_to_none=True)
+    phases = lambda: rollouts.sample(policy, queries, cfg.rollouts, nobody, draw, bf16), score, logprobs, update
+    for phase, run in zip(PHASES, phases):
+        with (watch or _Allocated)() as seen:
+            run()
+        found[phase] = seen.peak / MIB
+    return found
