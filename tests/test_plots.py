@@ -28,6 +28,10 @@ VARIANTS = [
     {"variant": name, "positive": positive, "positive_error": 0.01, "kl": kl, "kl_error": 0.1, "distinct": 1, "distinct_error": 0}
     for name, positive, kl in (("β = 1", 0.6, 1.0), ("recipe", 0.9, 6.0))
 ]
+LEDGER = {
+    "sample": {"context": 900.0, "weights": 3072.0, "logits": 0.0, "KV cache": 2048.0},
+    "update": {"context": 900.0, "weights": 3072.0, "logits": 512.0, "KV cache": 0.0},
+}
 # Every plot function, drawn once with valid data.
 EXAMPLES = {
     "plot_curves": lambda: plots.plot_curves(METRICS, "kl", "score", smoothing=0.5),
@@ -50,6 +54,7 @@ EXAMPLES = {
     "plot_before_after": lambda: plots.plot_before_after(SUMMARY),
     "plot_lengths": lambda: plots.plot_lengths({"SFT": [3, 4, 5], "PPO": [8, 8, 7]}, limit=8),
     "plot_throughput": lambda: plots.plot_throughput({"one by one": 100.0, "batched": 250.0}),
+    "plot_memory_plan": lambda: plots.plot_memory_plan(LEDGER, measured={"sample": 6000.0, "update": 9000.0}),
     "plot_pipeline": lambda: plots.plot_pipeline("GAE"),
 }
 
@@ -102,6 +107,7 @@ def test_a_figure_can_be_drawn_into_given_axes(name):
         "plot_reward_kl_frontier": ({"a": [(0, 1)]},),
         "plot_win_rate": ({"a": (0.5, 0.4, 0.6)},),
         "plot_lengths": ({"a": [1, 2]},),
+        "plot_memory_plan": (LEDGER,),
     }[name]
     assert getattr(plots, name)(*data, ax=ax) is figure and figure.axes == [ax] and ax.get_xlabel()
 
@@ -370,3 +376,20 @@ def test_a_run_beside_a_healthy_one():
     for wrong in ({}, {"loss": [1.0]}):
         with pytest.raises(PlotError, match="both runs"):
             plots.plot_beside(wrong, healthy)
+
+
+def test_a_memory_plan_is_stacked_line_by_line_and_only_cards_near_it_are_drawn():
+    figure = EXAMPLES["plot_memory_plan"]()
+    (ax,) = figure.axes
+    bars = {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c] for c in ax.containers}
+    assert list(bars) == ["context", "weights", "logits", "KV cache"]
+    assert bars["weights"] == [(900 / 1024, 3.0), (900 / 1024, 3.0)]
+    assert bars["KV cache"][0] == (pytest.approx(900 / 1024 + 3), 2.0) and bars["KV cache"][1][1] == 0
+    assert {"5.9", "4.4", "8 GB"} <= set(_texts(figure)) and "24 GB" not in _texts(figure)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["sample", "update"]
+    diamonds = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "D"]
+    assert diamonds == [[[6000 / 1024, 0]], [[9000 / 1024, 1]]]
+    with pytest.raises(PlotError, match="no phases"):
+        plots.plot_memory_plan({})
+    with pytest.raises(PlotError, match="below 0"):
+        plots.plot_memory_plan({"a": {"weights": -1.0}})
