@@ -2,7 +2,7 @@
 
 `plan` takes what each phase needs while it runs from `phases`, and adds what lies there meanwhile; `report` says which switch to
 turn where a card is too small. Does not know what a kernel needs as workspace and how an allocator fragments (both are in
-`CONTEXT`, a lump sum), nor the stages before PPO and the evaluations between its iterations. All sizes are MiB.
+`CONTEXT`, a lump sum), nor the evaluations between iterations. All sizes are MiB.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from rlhf_nb_utils import shapes, tracing
 from rlhf_nb_utils.config import Config, load_config
-from rlhf_nb_utils.phases import MIB, PHASES, Sizes, traced
+from rlhf_nb_utils.phases import BEFORE, MIB, PHASES, Sizes, traced
 
 CONTEXT = 900  # of CUDA, its libraries, and an allocator's fragments
 CARDS = (8, 12, 16, 24)  # GiB
@@ -43,21 +43,29 @@ SWITCHES: tuple[tuple[dict[str, Any], str], ...] = (
 
 @dataclass(frozen=True)
 class Plan:
-    """MiB on the device by phase and line, and on the host; ``title`` says of what."""
+    """MiB on the device by phase of an iteration and line, on the host, and of the trainings before PPO; ``title`` says whose."""
 
     title: str
     phases: dict[str, dict[str, float]]
     host: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
 
     def total(self, phase: str) -> float:
-        return sum(self.phases[phase].values())
+        return self.before[phase] if phase in self.before else sum(self.phases[phase].values())
 
     @property
     def peak(self) -> float:
+        """Of a PPO iteration."""
         return max(map(self.total, self.phases))
 
+    @property
+    def highest(self) -> str:
+        """The phase, or the training before PPO, that needs most."""
+        return max((*self.phases, *self.before), key=self.total)
+
     def fits(self, gib: float) -> bool:
-        return self.peak <= 1024 * gib
+        """Whether a card of that size will do for all of them."""
+        return self.total(self.highest) <= 1024 * gib
 
     def table(self, measured: dict[str, float] | None = None) -> str:
         """The ledger, a column for each phase; with what `measure` found as a last line."""
@@ -72,7 +80,8 @@ class Plan:
             cells = ("not measured" if math.isnan(v) else f"{v:,.0f}" for v in values)
             out.append("  ".join([f"{name:<12}", *(cell.rjust(w) for cell, w in zip(cells, widths))]))
         host = ", ".join(f"{name} {size:,.0f}" for name, size in self.host.items() if round(size))
-        return "\n".join([*out, f"peak {self.peak:,.0f} MiB = {self.peak / 1024:.2f} GiB; on the host: {host or 'nothing'}"])
+        out.append(f"peak {self.peak:,.0f} MiB = {self.peak / 1024:.2f} GiB; on the host: {host or 'nothing'}")
+        return "\n".join([*out, *(f"before PPO: {name} {size:,.0f} MiB" for name, size in self.before.items())])
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -107,7 +116,21 @@ def plan(cfg: Config | str, query: int | None = None) -> Plan:
         "optimizer": _on_host(trained, trained_bytes, memory.stream_gradients and sizes.parts > 1) * offload,
         "waiting": sum(own.get(p, 0.0) for p in ("score", *([] if memory.lora_rank else ["reference logprobs"]))) * memory.park,
     }
-    return Plan(_title(cfg, sizes), {phase: phases[phase] for phase in PHASES if phase in phases}, host)
+    return Plan(_title(cfg, sizes), {phase: phases[phase] for phase in PHASES if phase in phases}, host, _before(cfg, sizes))
+
+
+def _before(cfg: Config, sizes: Sizes) -> dict[str, float]:
+    """MiB at the highest moment of fine-tuning and of the reward model's training, each alone on the device."""
+    out, cfg = {}, changed(cfg, {"memory.lora_rank": 0})  # adapters are for PPO
+    for phase in BEFORE:
+        if phase == "fine-tuning" and not cfg.sft.epochs:
+            continue
+        kinds, tuning = traced(phase, cfg, sizes), phase == "fine-tuning"
+        states = 0.0 if tuning and cfg.memory.optimizer == "offload" else 2 * kinds["weights"]
+        kept = 0.0 if tuning and cfg.memory.stream_gradients else kinds["weights"]  # all gradients, when the step is taken
+        most = max(sum(kinds.values()), kinds["weights"] + kept) + states
+        out[phase] = most / MIB + (0.0 if cfg.device == "cpu" else CONTEXT)
+    return out
 
 
 def _trained(cfg: Config) -> tuple[float, float]:
@@ -174,10 +197,10 @@ def ladder(cfg: Config, query: int | None = None, goal: float = CARDS[0]) -> lis
     rungs, now = [([], plan(cfg, query))], cfg
     while not rungs[-1][1].fits(goal):
         turned, before = rungs[-1]
-        highest = max(before.phases, key=before.total)
+        highest, most = before.highest, before.total(before.highest)
         for change, price in _candidates(now):
             after = plan(changed(now, change), query)
-            if after.peak <= before.peak and after.total(highest) < 0.99 * before.total(highest):
+            if after.total(after.highest) <= most and after.total(highest) < 0.99 * most:
                 rungs.append(([*turned, (change, price)], after))
                 now = changed(now, change)
                 break
@@ -210,7 +233,7 @@ def report(cfg: Config, query: int | None = None, measured: dict[str, float] | N
         turned, found = fitted(cfg, card, query, rungs)
         values = _together(turned).items()
         text = " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values)
-        size = f"{found.peak / 1024:.1f} GiB"
+        size = f"{found.total(found.highest) / 1024:.1f} GiB"
         if not found.fits(card):
             lines.append(f"{card:>3} GB: does not fit, even with --set {text} ({size})")
         else:

@@ -1,4 +1,4 @@
-"""The phases of a PPO iteration, as they use memory: traced with fake tensors, or run with random weights on a device.
+"""The phases of a PPO iteration and the trainings before it, as they use memory: traced, or run with random weights on a device.
 
 Both call the package's own code: `decoding.next_token`, `RewardModel.forward`, `Policy.logprobs` and `evaluate`, the losses.
 Knows how many rows and tokens each phase handles at a time. Does not know what lies in memory besides, nor which card is there:
@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from rlhf_nb_utils import decoding, ppo, rollouts, shapes, tracing
+from rlhf_nb_utils import decoding, ppo, rollouts, sft, shapes, tracing
 from rlhf_nb_utils.config import Config, ConfigError
 from rlhf_nb_utils.models import autocast, frozen_copy, pick_device, position_ids
 from rlhf_nb_utils.savings import at_work, make_optimizer, park
 
 MIB = 2**20
+BEFORE = ("fine-tuning", "reward training")
 PHASES = ("sample", "score", "reference logprobs", "update", "optimizer step")
 SCORED = 128  # texts in a batch of `RewardModel.score`
 
@@ -121,19 +122,49 @@ def _update(policy, timeline, cfg: Config, sizes: Sizes) -> None:
         loss, _ = ppo.policy_loss(logprobs, kept, kept, mask, cfg.ppo.cliprange, cfg.ppo.cliprange_high)
         loss = loss + cfg.ppo.vf_coef * ppo.value_loss(values, kept, kept, mask, cfg.ppo.cliprange_value)[0]
         loss = loss - cfg.ppo.entropy_coef * ppo.masked_mean(entropy, mask)
-        if cfg.memory.stream_gradients and not turn:
-            for p in filter(lambda p: p.requires_grad, policy.parameters()):
-                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        if not turn:
+            _stream(policy, cfg)
         loss.backward()
 
 
-_RUNS = {"sample": _sample, "score": _score, "reference logprobs": _reference, "update": _update}
+def _fine_tune(policy, timeline, cfg: Config, sizes: Sizes) -> None:
+    """A step of `sft.train` on demonstrations of the greatest length."""
+    ids = torch.zeros(cfg.sft.batch_size, cfg.sft.max_length, dtype=torch.int64)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+    with autocast(torch.device("cpu"), cfg.models.autocast):
+        loss = sft.sft_loss(policy, batch | {"mask": batch["attention_mask"][:, 1:]})
+    _stream(policy, cfg)
+    loss.backward()
+
+
+def _reward_training(model, timeline, cfg: Config, sizes: Sizes) -> None:
+    """A step of `reward_model.train` on texts of the greatest length, all responses of a batch in one pass."""
+    model.train().checkpointed = cfg.memory.checkpoint_activations
+    ids = torch.zeros(cfg.reward_model.batch_size * cfg.preferences.responses_per_prompt, model.max_length, dtype=torch.int64)
+    with autocast(torch.device("cpu"), cfg.models.autocast):
+        scores = model(ids, torch.ones_like(ids))
+    scores.sum().backward()
+
+
+def _stream(policy, cfg: Config) -> None:
+    """Gradients go as soon as they are there. Only once the modules were called, or MemTracker would find none to count."""
+    for p in policy.parameters() if cfg.memory.stream_gradients else ():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+
+_RUNS = {
+    "sample": _sample, "score": _score, "reference logprobs": _reference, "update": _update, "fine-tuning": _fine_tune,
+    "reward training": _reward_training,
+}  # fmt: skip
 # Of the settings, what each phase depends on: a plan with other switches finds the rest again.
 _READS = {
     "sample": ("device", "models", "ppo.critic", "rollouts", "memory.lora_rank"),
     "score": ("models.reward_backbone", "models.policy", "reward_model"),
     "reference logprobs": ("models", "rollouts.temperature", "memory.chunked_head", "memory.lora_rank"),
     "update": ("models", "ppo.critic", "ppo.entropy_coef", "memory"),
+    "fine-tuning": ("models", "sft", "memory"),
+    "reward training": ("models", "reward_model", "preferences.responses_per_prompt", "memory.checkpoint_activations"),
 }
 
 
@@ -149,18 +180,19 @@ def traced(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:
 
 
 def _trace(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:
-    scoring = phase == "score" and cfg.reward_model.backbone == "encoder"
-    config = shapes.config_of(cfg.models.reward_backbone if scoring else cfg.models.policy)
+    scoring = phase in ("score", "reward training")
+    encoder = scoring and cfg.reward_model.backbone == "encoder"
+    config = shapes.config_of(cfg.models.reward_backbone if encoder else cfg.models.policy)
 
     def build(layers: int):
         cut = shapes.with_layers(config, layers)
-        if phase == "score":
+        if scoring:
             return shapes.reward_model_of(cut, cfg.reward_model)
         if phase == "reference logprobs":  # autocast keeps no copy of a weight that takes no gradient
             return shapes.policy_of(cut, cfg, separate=False).requires_grad_(False)
         return shapes.policy_of(cut, cfg)
 
-    head = None if phase == "score" else (config.vocab_size, getattr(config, "word_embed_proj_dim", config.hidden_size))
+    head = None if scoring else (config.vocab_size, getattr(config, "word_embed_proj_dim", config.hidden_size))
     run = functools.partial(_RUNS[phase], cfg=cfg, sizes=sizes)
     return tracing.peak(build, run, config.num_hidden_layers, head)
 

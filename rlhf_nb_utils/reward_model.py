@@ -103,6 +103,7 @@ class RewardModel(nn.Module):
             backbone.pooler = None  # the tanh layer of BERT's first token: never read here, so never trained
         self.backbone = backbone if dropout else models.disable_dropout(backbone)
         self.tokenizer, self.pooling, self.max_length, self.dropout = tokenizer, pooling, max_length, dropout
+        self.checkpointed = False  # whether layers keep their input alone, and compute the rest again
         width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # opt-350m projects its last state down
         self.head = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
@@ -143,7 +144,8 @@ class RewardModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw scores ``(B,)`` fp32 of input_ids, attention_mask ``(B, L)``. Head and pooling stay in fp32 under autocast."""
         extra = {"position_ids": models.position_ids(attention_mask), "use_cache": False} if self.causal else {}
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+        with savings.recomputing(models.layers_of(self.backbone) if self.checkpointed else ()):
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(pool(hidden.float(), attention_mask, self.pooling)).squeeze(-1)
 

@@ -19,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf_nb_utils.config import MemoryConfig, TrainingError
 from rlhf_nb_utils.offload import CPUOffloadAdamW
 
-# Nothing is drawn in a forward pass, dropout being off: there is no state of a generator to keep.
-_recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+_recomputed = functools.partial(checkpoint, use_reentrant=False)
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------

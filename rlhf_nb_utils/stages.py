@@ -123,7 +123,7 @@ def reward_model(cfg: Config, callback=None) -> Stage:
         source = str(first.path) if settings.backbone == "policy" else cfg.models.reward_backbone
         pooling = "last" if settings.backbone == "policy" and settings.pooling == "first" else settings.pooling
         model = RewardModel.from_backbone(source, pooling=pooling, max_length=settings.max_length, seed=torch_seed)
-        model.to(models.pick_device(cfg.device))
+        model.to(models.pick_device(cfg.device)).checkpointed = cfg.memory.checkpoint_activations
         history = train_reward_model(model, train, cfg, heldout, callback)
         # All responses are the reference's own samples; the chosen ones alone would put its mean above 0.
         own = [(c.query, response) for c in heldout for response in c.responses]

@@ -275,3 +275,16 @@ def test_a_checkpoint_of_adapters_holds_them_alone_and_the_run_goes_on_from_it(t
     assert resumed.iteration == 2
     run(cfg, resumed)
     assert same(weights(resumed.policy), weights(straight.policy))
+
+
+def test_a_reward_model_that_recomputes_has_the_gradients_of_one_that_keeps():
+    config = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=2, n_head=1)
+    model = RewardModel.from_backbone(GPT2Model(config), byte_tokenizer(), "last", 16).train()
+    ids, mask, found = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.int64), []
+    for model.checkpointed in (False, True):
+        model.zero_grad()
+        score = model(ids, mask)
+        (score * torch.tensor([1.0, -2.0])).sum().backward()
+        found.append([score.detach(), *(p.grad.clone() for p in model.parameters())])
+    for plain, again in zip(*found):
+        torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-8)
