@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_nb_utils.config import CourseError
+from rlhf_nb_utils.offload import CPUOffloadAdamW
 
 FORMAT = 1
 KEEP = 2
@@ -166,8 +167,12 @@ def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             present = optimizer.state.get(parameter, {}).get(key)
             value = _placed(value, key, parameter, group, present, name in state["on_host"])
         loaded.setdefault(parameter, {})[key] = value
-    optimizer.state.clear()
-    optimizer.state.update(loaded)
+    if isinstance(optimizer, CPUOffloadAdamW):  # it has room for them already, for a large model most of the host's memory
+        own = {i: loaded[parameter] for i, (parameter, _) in enumerate(parameters) if parameter in loaded}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": own})
+    else:
+        optimizer.state.clear()
+        optimizer.state.update(loaded)
     for group, saved in zip(optimizer.param_groups, state["groups"]):
         for key, value in saved.items():
             if isinstance(group.get(key), Tensor):

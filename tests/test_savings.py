@@ -137,6 +137,27 @@ def test_the_master_of_bf16_weights_takes_the_steps_that_fp32_would(stream):
     assert (weight == before).float().mean() > 0.5  # which a bf16 weight alone would not have kept
 
 
+def test_a_bf16_run_goes_on_from_its_checkpoint_and_its_states_lie_where_the_optimizer_keeps_them(tmp_path):
+    cfg = settings(**OFFLOAD, ppo__iterations=4, ppo__checkpoint_interval=2, ppo__lr_schedule="constant")
+
+    def fresh():
+        return start(cfg, tiny_policy(dtype=torch.bfloat16))
+
+    straight, _ = run(cfg, fresh(), callbacks=[lambda state, *_: stages.save(state, tmp_path, cfg)])
+    stages.checkpoint.shutil.rmtree(sorted((tmp_path / "checkpoints").iterdir())[1])
+    resumed = fresh()
+    stages.restore(resumed, tmp_path)
+    kept = {flat.untyped_storage().data_ptr() for b in resumed.optimizer._buckets for flat in b.flat.values()}
+    weight = resumed.policy.lm.transformer.wte.weight
+    states = resumed.optimizer.state[weight]
+    assert resumed.iteration == 2 and states["step"] == 8 and states["exp_avg"].any()
+    assert {states[name].untyped_storage().data_ptr() for name in ("master", "exp_avg", "exp_avg_sq")} <= kept
+    run(cfg, resumed)
+    assert same(weights(resumed.policy), weights(straight.policy))
+    masters = [state.optimizer.state[state.policy.lm.transformer.wte.weight]["master"] for state in (resumed, straight)]
+    assert torch.equal(*masters)
+
+
 def test_bf16_weights_need_that_master_in_sft_too():
     demos, sft_cfg = [(q + " ", "a film") for q in PROMPTS], SFTConfig(max_length=32, batch_size=4, epochs=4, learning_rate=3e-3)
     with pytest.raises(TrainingError, match="memory.optimizer=offload"):
