@@ -53,8 +53,8 @@ def test_rows_end_at_their_eos_and_stay_padded_behind_it():
 
 
 def test_the_host_asks_only_now_and_then_and_stops_when_all_have_ended(monkeypatch):
-    policy, steps, next_token = make_policy(), [], decoding._next
-    monkeypatch.setattr(decoding, "_next", lambda *args: steps.append(1) or next_token(*args))
+    policy, steps, next_token = make_policy(), [], decoding.next_token
+    monkeypatch.setattr(decoding, "next_token", lambda *args: steps.append(1) or next_token(*args))
     found = decoding.fixed(
         policy, *queries(), LENGTH, lambda logits: (torch.zeros(len(logits), dtype=torch.int64), logits[:, 0]), 0, 31
     )
