@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import torch
 
-from rlhf_nb_utils import checkpoint, models, ppo, rollouts
+from rlhf_nb_utils import checkpoint, memory, models, ppo, rollouts
 from rlhf_nb_utils.config import ROOT, Config, CourseError, RolloutsConfig, load_config, runs_dir
 from rlhf_nb_utils.offload import CPUOffloadAdamW
 
@@ -67,6 +67,7 @@ class Row:
     asked: float
     sense: str  # "≥": the ratio should be at least that; "≤": at most
     ratios: tuple[float, ...]
+    unit: str = "×"
 
     @property
     def ratio(self) -> float:
@@ -81,9 +82,11 @@ class Row:
         return Row(what, asked, sense, tuple(a / b for a, b in zip(seconds[slow], seconds[fast])))
 
     def cells(self) -> list[str]:
-        low, _, high = statistics.quantiles(self.ratios, n=4)
-        spread = f"{self.ratio:.2f}× [{low:.2f}, {high:.2f}]"
-        return [self.what, spread, f"{self.sense} {self.asked:g}×", "✓" if self.met else "✗"]
+        found = f"{self.ratio:.2f}{self.unit}"
+        if len(self.ratios) > 1:
+            low, _, high = statistics.quantiles(self.ratios, n=4)
+            found += f" [{low:.2f}, {high:.2f}]"
+        return [self.what, found, f"{self.sense} {self.asked:g}{self.unit}", "✓" if self.met else "✗"]
 
 
 # --- models of a shape ------------------------------------------------------------------------------------------------
@@ -350,6 +353,28 @@ def optimizer_rows(repeats: int, setting: Setting = Setting(12, 768, 50257)) -> 
     ]
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+XL = {
+    "models.policy": "openai-community/gpt2-xl", "rollouts.response_length": 192, "rollouts.batch_size": 32,
+    "ppo.batch_size": 32, "ppo.num_mini_batches": 4, "ppo.gradient_accumulation_steps": 1,
+}  # fmt: skip
+EVERY_SWITCH = {
+    "models.dtype": "bfloat16", "models.autocast": False, "memory.optimizer": "offload", "memory.stream_gradients": True,
+    "memory.checkpoint_activations": True, "memory.chunked_head": True, "memory.park": True,
+}  # fmt: skip
+
+
+def memory_rows() -> list[Row]:
+    """What is planned for GPT-2 XL on a card: nothing is drawn or timed, so there is one figure."""
+    planned = memory.plan(load_config("gpu-12gb", 0, XL | EVERY_SWITCH), query=64)
+    what, asked = "planned peak, GPT-2 XL, update of 8 × 256, rollout of 32 × 192, every switch", {"update": 7.0}
+    rows = [
+        Row(f"{what}: {phase}", asked.get(phase, 9.5), "≤", (planned.total(phase) / 1024,), " GiB") for phase in planned.phases
+    ]
+    return rows
+
+
 # --- the whole table --------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +409,7 @@ def with_peer(arguments: list[str]) -> int:
 def contests(repeats: int) -> dict[str, Callable[[], list[Row]]]:
     folder = runs_dir() / "bench"
     return {
+        "memory": memory_rows,
         "optimizer": lambda: optimizer_rows(repeats),
         "rollouts": lambda: rollout_rows(SMALL, repeats),
         "ppo": lambda: ppo_rows(SMALL, repeats, folder) + ppo_rows(WIDE_VOCABULARY, repeats, folder),
@@ -412,7 +438,9 @@ def main(arguments: list[str] | None = None) -> int:
         runs_dir() / "bench.json",
         {
             "machine": machine(),
-            "rows": [{"what": r.what, "asked": r.asked, "sense": r.sense, "ratios": list(r.ratios)} for r in rows],
+            "rows": [
+                {"what": r.what, "asked": r.asked, "sense": r.sense, "unit": r.unit, "ratios": list(r.ratios)} for r in rows
+            ],
         },
     )
     return 0

@@ -74,3 +74,12 @@ def test_the_table_is_printed_and_kept(monkeypatch, capsys, tmp_path):
     assert kept["rows"][0]["ratios"] == [1.0, 3.0, 3.0] and "torch" in kept["machine"]
     with pytest.raises(bench.BenchError, match="at least 5"):
         bench.main(["--repeats", "3"])
+
+
+def test_gpt2_xl_is_planned_within_what_was_asked_and_has_one_figure_a_phase(monkeypatch):
+    rows = bench.memory_rows()
+    assert len(rows) == 5 and all(row.met for row in rows)
+    phases = {"sample": {"a": 2048.0}, "update": {"a": 7 * 1024.0, "b": 1.0}}
+    monkeypatch.setattr(bench.memory, "plan", lambda *_, **__: bench.memory.Plan("", phases))
+    small, large = bench.memory_rows()
+    assert small.cells()[1:] == ["2.00 GiB", "≤ 9.5 GiB", "✓"] and large.cells()[1:] == ["7.00 GiB", "≤ 7 GiB", "✗"]
