@@ -369,10 +369,9 @@ def memory_rows() -> list[Row]:
     """What is planned for GPT-2 XL on a card: nothing is drawn or timed, so there is one figure."""
     planned = memory.plan(load_config("gpu-12gb", 0, XL | EVERY_SWITCH), query=64)
     what, asked = "planned peak, GPT-2 XL, update of 8 × 256, rollout of 32 × 192, every switch", {"update": 7.0}
-    rows = [
+    return [
         Row(f"{what}: {phase}", asked.get(phase, 9.5), "≤", (planned.total(phase) / 1024,), " GiB") for phase in planned.phases
     ]
-    return rows
 
 
 # --- the whole table --------------------------------------------------------------------------------------------------

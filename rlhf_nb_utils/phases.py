@@ -225,39 +225,49 @@ def measure(cfg: Config, query: int | None = None, watch: Callable[[], Any] | No
     device = pick_device(cfg.device)
     if watch is None and device.type != "cuda":
         raise ConfigError("only on a CUDA device can a plan be measured: --set device=cuda, where there is one")
-    sizes, bf16, found = Sizes.of(cfg, query), cfg.models.autocast, {}
-    with torch.device(device):
-        policy = shapes.policy_of(shapes.config_of(cfg.models.policy), cfg)
-        judge = shapes.config_of(cfg.models.reward_backbone if cfg.reward_model.backbone == "encoder" else cfg.models.policy)
-        reference, judge = frozen_copy(policy), shapes.reward_model_of(judge, cfg.reward_model)
-        ids, attention = _rows(sizes)
-        texts = torch.zeros(sizes.scored, sizes.scored_tokens, dtype=torch.int64)
-    for waiting in (reference, judge) if cfg.memory.park else ():
-        park(waiting, device)
-    groups = policy.parameter_groups(cfg.ppo.learning_rate, cfg.ppo.critic_learning_rate)
-    optimizer = make_optimizer(groups, cfg.memory, eps=cfg.ppo.adam_eps)
-    numbers = torch.zeros(sizes.part * sizes.parts, sizes.response, device=device)
-    many = (x.repeat(sizes.parts, 1) for x in (ids, attention, attention[:, -sizes.response :]))
-    batch, nobody = ppo.Batch(*many, *[numbers] * 4), SimpleNamespace(eos_token_id=-1, pad_token_id=0)
-    draw, temperature = torch.Generator(device), cfg.rollouts.temperature
-
-    def update():
-        ppo.ppo_step(policy, optimizer, batch, cfg.ppo, temperature, bf16)
-
-    def logprobs():
-        with torch.no_grad(), at_work(reference), autocast(device, bf16):
-            reference.logprobs(ids, attention, sizes.response, temperature)
-
-    def score():
-        with torch.no_grad(), at_work(judge):
-            judge(texts, torch.ones_like(texts))
-
-    queries = [[0] * sizes.query] * sizes.sampled
-    update()  # the optimizer's states are there from now on
-    optimizer.zero_grad(set_to_none=True)
-    phases = lambda: rollouts.sample(policy, queries, cfg.rollouts, nobody, draw, bf16), score, logprobs, update
-    for phase, run in zip(PHASES, phases):
+    found, runs = {}, _real(cfg, Sizes.of(cfg, query), device)
+    runs["update"]()  # the optimizer's states are there from now on
+    for phase, run in runs.items():
         with (watch or _Allocated)() as seen:
             run()
         found[phase] = seen.peak / MIB
     return found
+
+
+def _real(cfg: Config, sizes: Sizes, device: torch.device) -> dict[str, Callable[[], None]]:
+    """The phases on ``device``, to be run in that order; each leaves what an iteration would leave."""
+    with torch.device(device):
+        policy = shapes.policy_of(shapes.config_of(cfg.models.policy), cfg)
+        reference = frozen_copy(policy)
+        ids, attention = _rows(sizes)
+        texts = torch.zeros(sizes.scored, sizes.scored_tokens, dtype=torch.int64)
+        numbers = torch.zeros(sizes.part * sizes.parts, sizes.response)
+    trunk = shapes.config_of(cfg.models.reward_backbone if cfg.reward_model.backbone == "encoder" else cfg.models.policy)
+    judge = shapes.reward_model_of(trunk, cfg.reward_model).to(device)
+    for waiting in (reference, judge) if cfg.memory.park else ():
+        park(waiting, device)
+    groups = policy.parameter_groups(cfg.ppo.learning_rate, cfg.ppo.critic_learning_rate)
+    optimizer = make_optimizer(groups, cfg.memory, eps=cfg.ppo.adam_eps)
+    many = (x.repeat(sizes.parts, 1) for x in (ids, attention, attention[:, -sizes.response :]))
+    batch, bf16, temperature = ppo.Batch(*many, *[numbers] * 4), cfg.models.autocast, cfg.rollouts.temperature
+    queries, draw = [[0] * sizes.query] * sizes.sampled, torch.Generator(device)
+    nobody = SimpleNamespace(eos_token_id=-1, pad_token_id=0)  # so that no response ends
+
+    def sample() -> None:
+        rollouts.sample(policy, queries, cfg.rollouts, nobody, draw, bf16)
+
+    @torch.no_grad()
+    def score() -> None:
+        with at_work(judge):
+            judge(texts, torch.ones_like(texts))
+
+    @torch.no_grad()
+    def logprobs() -> None:
+        with autocast(device, bf16):
+            reference.logprobs(ids, attention, sizes.response, temperature)
+
+    def update() -> None:
+        ppo.ppo_step(policy, optimizer, batch, cfg.ppo, temperature, bf16)
+        optimizer.zero_grad(set_to_none=True)
+
+    return dict(zip(PHASES, (sample, score, logprobs, update)))
