@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from test_models import QUERIES, RESPONSES, gpt2, left_padded, llama
-from test_ppo import PROMPTS, TOKENIZER, byte_tokenizer, roll, run, same, settings, start, tiny_policy, weights
+from test_ppo import PROMPTS, TOKENIZER, byte_tokenizer, roll, run, same, settings, start, taste, tiny_policy, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
 
 from rlhf_nb_utils import models, ppo, savings, sft, stages
 from rlhf_nb_utils.config import MemoryConfig, SFTConfig, TrainingError
 from rlhf_nb_utils.evaluation import exact_kl_per_response
 from rlhf_nb_utils.models import ModelError, Policy, frozen_copy, lean
+from rlhf_nb_utils.offload import CPUOffloadAdamW
 from rlhf_nb_utils.reward_model import RewardModel
 from rlhf_nb_utils.savings import at_work, park
 
@@ -122,7 +123,7 @@ def adamw_by_hand(weight, grads, lr, eps, scale):
 def test_the_master_of_bf16_weights_takes_the_steps_that_fp32_would(stream):
     cfg = settings(**OFFLOAD, memory__stream_gradients=stream, ppo__learning_rate=1e-5)
     state = start(cfg, tiny_policy(dtype=torch.bfloat16))
-    batch, _, _ = ppo.make_batch(state, lambda q, r: [len(x) for x in r], PROMPTS, roll(state.policy, cfg), TOKENIZER, cfg)
+    batch, _, _ = ppo.make_batch(state, taste, PROMPTS, roll(state.policy, cfg), TOKENIZER, cfg)
     name, weight = next((n, p) for n, p in state.policy.named_parameters() if n.endswith("c_fc.weight"))
     before, seen, norms = weight.detach().clone(), [], []
     weight.register_hook(lambda grad: seen.append(grad.clone()))
@@ -135,6 +136,16 @@ def test_the_master_of_bf16_weights_takes_the_steps_that_fp32_would(stream):
     moved = (expected - before.double()).abs().max()
     assert ((master.double() - expected).abs().max() < 0.02 * moved) and torch.equal(weight, master.bfloat16()), name
     assert (weight == before).float().mean() > 0.5  # which a bf16 weight alone would not have kept
+
+
+def test_of_several_micro_batches_only_the_last_one_is_copied_to_the_host(monkeypatch):
+    cfg, copied = settings(**OFFLOAD, ppo__gradient_accumulation_steps=2), []
+    state = start(cfg, tiny_policy(dtype=torch.bfloat16))
+    batch, _, _ = ppo.make_batch(state, taste, PROMPTS, roll(state.policy, cfg), TOKENIZER, cfg)
+    fetch = CPUOffloadAdamW._fetch
+    monkeypatch.setattr(CPUOffloadAdamW, "_fetch", lambda self, p: copied.append(id(p)) or fetch(self, p))
+    ppo.ppo_step(state.policy, state.optimizer, batch, cfg.ppo)
+    assert len(copied) == len(set(copied)) > 10
 
 
 def test_a_bf16_run_goes_on_from_its_checkpoint_and_its_states_lie_where_the_optimizer_keeps_them(tmp_path):
