@@ -230,7 +230,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def models(tokenizer):
-    return _policy(tokenizer, 0, eos_logit=7.0), frozen_copy(_policy(tokenizer, 1, eos_logit=7.0))
+    return _policy(tokenizer, 0, eos_logit=8.0), frozen_copy(_policy(tokenizer, 1, eos_logit=8.0))
 
 
 def _cfg(**overrides):
