@@ -88,7 +88,13 @@ def plot_beside(curves: Mapping[str, Sequence], healthy: Mapping[str, Sequence],
     if not curves or curves.keys() - healthy.keys():
         raise PlotError("nothing to compare: name curves that both runs have")
     columns = min(columns, len(curves))
-    figure, axes = new_axes(-(-len(curves) // columns), columns, (max(2.5 * columns, 3.2), 2.0 * -(-len(curves) // columns)))
+    rows = -(-len(curves) // columns)
+    width, height = size = max(2.5 * columns, 3.2), 2.0 * rows + 0.1
+    # A fixed layout, in inches: to find one takes most of the time that the handler of a widget has.
+    layout = {
+        "left": 0.5 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.45 / height, "wspace": 0.25, "hspace": 0.85,
+    }  # fmt: skip
+    figure, axes = new_axes(rows, columns, size, layout="none", gridspec_kw=layout)
     for index, (ax, (key, curve)) in enumerate(zip(axes, curves.items())):
         for run, look in ((healthy[key], {"color": GREY, "marker": ""}), (curve, series_look(index))):
             values = np.array([np.nan if value is None else value for value in run], float)
