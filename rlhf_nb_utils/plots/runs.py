@@ -92,7 +92,8 @@ def plot_beside(curves: Mapping[str, Sequence], healthy: Mapping[str, Sequence],
     width, height = size = max(2.5 * columns, 3.2), 2.0 * rows + 0.1
     # A fixed layout, in inches: to find one takes most of the time that the handler of a widget has.
     layout = {
-        "left": 0.5 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.45 / height, "wspace": 0.25, "hspace": 0.85,
+        "left": 0.5 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.45 / height,
+        "wspace": 0.25, "hspace": 0.85,
     }  # fmt: skip
     figure, axes = new_axes(rows, columns, size, layout="none", gridspec_kw=layout)
     for index, (ax, (key, curve)) in enumerate(zip(axes, curves.items())):
