@@ -11,7 +11,7 @@ def policy_loss(new_logprobs, logprobs, advantages, mask, cliprange):
     """The clipped surrogate of PPO, negated, as a mean over all real tokens of the batch (Schulman et al. 2017, eq. 7).
 
     With ρ = π_new / π_old of a token, its surrogate is ρ·A, or the same with ρ held within 1 ± cliprange: whichever is
-    smaller. new_logprobs, logprobs (of the policy that sampled), advantages: (B, T), whatever stands behind a response's
+    smaller. new_logprobs, logprobs (of the policy that sampled), advantages: (B, T), any usual numbers behind a response's
     end; mask: (B, T) bool, True on real tokens, EOS included, at least one in a row; cliprange: float.
     Returns a scalar, to be minimised: gradients must flow to new_logprobs.
     """
@@ -48,8 +48,8 @@ def value_loss(new_values, values, returns, mask, cliprange_value):
     """Half the squared error of the critic, clipped, as a mean over all real tokens of the batch.
 
     A token has two squared errors against its return: that of the new value, and that of the new value held within
-    cliprange_value of the old one. The larger one counts. new_values, values (the old ones), returns: (B, T), whatever
-    stands behind a response's end; mask: (B, T) bool, True on real tokens, EOS included, at least one in a row;
+    cliprange_value of the old one. The larger one counts. new_values, values (the old ones), returns: (B, T), any usual
+    numbers behind a response's end; mask: (B, T) bool, True on real tokens, EOS included, at least one in a row;
     cliprange_value: float. Returns a scalar; gradients must flow to new_values.
     """
     near = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
@@ -84,7 +84,7 @@ def update_statistics(new_logprobs, logprobs, advantages, mask, cliprange):
 
     approxkl is the mean k3 estimate of KL(old ‖ new), never below 0; the old policy drew the tokens. clipfrac is the share
     of tokens that the clip holds back: ρ = π_new / π_old has left 1 ± cliprange on the side to which the advantage pulls.
-    new_logprobs, logprobs (of the policy that sampled), advantages: (B, T), whatever stands behind a response's end;
+    new_logprobs, logprobs (of the policy that sampled), advantages: (B, T), any usual numbers behind a response's end;
     mask: (B, T) bool, True on real tokens, EOS included, at least one in a row; cliprange: float. Returns two scalars.
     """
     log_ratio = new_logprobs - logprobs
