@@ -29,6 +29,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tinyllama": ("gpu-12gb-1b", {"memory.chunked_head": False, "memory.checkpoint_activations": False}),
 }
 ROWS, LENGTHS, SAMPLED, RANKS = (4, 8, 16), (48, 128, 256), (16, 64), (0, 16)
+# GPT-2 XL with nothing turned: 8 × 256 tokens in a micro-batch, 32 × 256 sampled at once.
+XL = MODELS["gpt2-xl"][1] | {
+    "rollouts.response_length": 240, "rollouts.batch_size": 32, "ppo.batch_size": 32, "ppo.num_mini_batches": 4,
+}  # fmt: skip
+# One switch after the other, in the order in which they are taught.
+STAIRS: dict[str, dict[str, Any]] = {
+    "no switch": {},
+    "offloaded AdamW, bf16": {"memory.optimizer": "offload", "models.dtype": "bfloat16", "models.autocast": False},
+    "+ streamed gradients": {"memory.stream_gradients": True},
+    "+ recomputed layers": {"memory.checkpoint_activations": True},
+    "+ chunked head": {"memory.chunked_head": True},
+    "+ parked models": {"memory.park": True},
+    "+ adapters of rank 16": {"memory.lora_rank": 16},
+}
 SWITCHES = {"optimizer": ("adamw", "offload"), "stream_gradients": (False, True), "checkpoint_activations": (False, True),
             "chunked_head": (False, True), "park": (False, True), "lora_rank": RANKS}  # fmt: skip
 
@@ -63,8 +77,17 @@ def configured(model: str, rows: int, response_length: int, sampled: int, **swit
         raise PlanError(str(error).split("Value error, ")[-1].split(" [type=")[0]) from None
 
 
+def stairs() -> Iterator[tuple[str, Config]]:
+    """GPT-2 XL on the profile of the 12 GB card, with one more of the `STAIRS` turned each time."""
+    cfg = profile("gpu-12gb", XL)
+    for name, change in STAIRS.items():
+        cfg = memory.changed(cfg, change)
+        yield name, cfg
+
+
 def grid() -> Iterator[Config]:
-    """The settings of every point that can be chosen."""
+    """The settings of every point that can be chosen, and the stairs."""
+    yield from (cfg for _, cfg in stairs())
     for model, rows, length, sampled, *values in product(MODELS, ROWS, LENGTHS, SAMPLED, *SWITCHES.values()):
         switches = dict(zip(SWITCHES, values))
         if switches["optimizer"] == "offload" or not switches["stream_gradients"]:
@@ -86,20 +109,63 @@ def record(path: Path = RECORDED, every: int = 50) -> Path:
                 used[key] = found[key] = phases.traced(phase, own, sizes)
                 if fresh == every:
                     fresh = 0
-                    _write(path, found)
-    return _write(path, used)
+                    _write(path, found, [])
+    return _write(path, used, [_verdict(name, cfg) for name, cfg in asked().items()])
 
 
-def _write(path: Path, found: dict[str, dict[str, float]]) -> Path:
+def asked() -> dict[str, Config]:
+    """Of whom the table says what fits: the profiles as they are, and the two larger models with nothing turned."""
+    off = {f"memory.{name}": values[0] for name, values in SWITCHES.items()}
+    plain = off | {"models.dtype": "float32", "models.autocast": True}
+    return {
+        "gpu-12gb": profile("gpu-12gb"),
+        "gpu-12gb-1b": profile("gpu-12gb-1b"),
+        "gpu-12gb-1b, its switches off": profile("gpu-12gb-1b", plain),
+        "GPT-2 XL, no switch": profile("gpu-12gb", XL),
+    }
+
+
+def _verdict(name: str, cfg: Config) -> dict[str, Any]:
+    """What one of `asked` needs as it is, and for each card what to turn, and what it needs then. GiB."""
+    rungs, cards = memory.ladder(cfg), {}
+    for card in memory.CARDS:
+        turned, found = memory.fitted(cfg, card, rungs=rungs)
+        changes = {key: value for change, _ in turned for key, value in change.items()}
+        gib = round(found.total(found.highest) / 1024, 2)
+        cards[str(card)] = {"fits": found.fits(card), "GiB": gib, "turn": changes, "price": [price for _, price in turned]}
+    first = rungs[0][1]
+    return {"name": name, "GiB": round(first.total(first.highest) / 1024, 2), "highest": first.highest, "cards": cards}
+
+
+def _write(path: Path, found: dict[str, dict[str, float]], table: list[dict]) -> Path:
     rows = {key: [round(kinds[line]) for line in LINES] for key, kinds in sorted(found.items())}
-    checkpoint.write_json_atomic(path, {"bytes of": LINES, "traces": rows})
+    checkpoint.write_json_atomic(path, {"bytes of": list(LINES), "traces": rows, "cards": table})
     return path
 
 
 def load(path: Path = RECORDED) -> dict[str, dict[str, float]]:
     """The recorded traces by key. Raises PlanError where there are none."""
+    found = _read(path)
+    return {key: dict(zip(found["bytes of"], map(float, row))) for key, row in found["traces"].items()}
+
+
+def cards(path: Path = RECORDED) -> list[dict[str, Any]]:
+    """What fits 8 to 24 GB, as it was recorded: for each of `asked`, for each card, what to turn."""
+    return _read(path)["cards"]
+
+
+def replay(path: Path = RECORDED) -> int:
+    """From now on `memory.plan` finds the recorded traces instead of making them anew. Returns how many there are."""
+    traces = load(path)
+    phases.remember(traces)
+    for model, optimizer, rank in product(MODELS, SWITCHES["optimizer"], RANKS):  # adapters are slow to count, the first time
+        memory.trained(configured(model, ROWS[0], LENGTHS[0], SAMPLED[0], optimizer=optimizer, lora_rank=rank))
+    return len(traces)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {key: dict(zip(found["bytes of"], map(float, row))) for key, row in found["traces"].items()}
+        return {name: found[name] for name in ("bytes of", "traces", "cards")}
     except (OSError, ValueError, KeyError):
         raise PlanError(f"{path.name} is missing or damaged: `git checkout data/recorded`") from None

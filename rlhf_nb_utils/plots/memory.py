@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from rlhf_nb_utils.plots.base import GREY, INK, PlotError, canvas, finite, series_look, styled
+from rlhf_nb_utils.plots.base import GREY, INK, PlotError, canvas, finite, new_axes, series_look, styled
 
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++", "||")
 
@@ -28,7 +29,8 @@ def plot_memory_plan(
     sizes = finite([[phase.get(line, 0.0) / 1024 for line in names] for phase in phases.values()], "memory plan", 2)
     if sizes.min() < 0:
         raise PlotError("memory cannot be below 0 MiB")
-    ax, rows = canvas(ax, (6.4, 1.9 + 0.42 * len(phases))), np.arange(len(phases))
+    lines = int(sizes.any(0).sum()) + bool(measured)
+    ax, rows = _framed(list(phases), lines) if ax is None else ax, np.arange(len(phases))
     left, totals = np.zeros(len(phases)), sizes.sum(1)
     for index, (name, widths) in enumerate(zip(names, sizes.T)):
         if not widths.any():
@@ -56,5 +58,38 @@ def plot_memory_plan(
     ax.set_yticks(rows, list(phases))
     ax.set(xlabel="device memory, GiB", xlim=(0, 1.12 * max(totals.max(), *shown)), ylim=(len(phases) - 0.5, -0.5))
     ax.grid(False, axis="y")
-    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    place = {"loc": "lower center"} if ax.figure.get_layout_engine() is None else {"loc": "outside lower center"}
+    ax.figure.legend(*ax.get_legend_handles_labels(), ncols=4, fontsize=9, **place)
+    return ax.figure
+
+
+def _framed(rows: Sequence[str], entries: int):
+    """Axes for bars with these names and a legend of so many entries below, laid out by arithmetic: a figure that follows a
+    slider has no time to be laid out by measuring every text."""
+    below = 0.62 + 0.19 * math.ceil(entries / 4)
+    width, height = 6.8, 0.55 + 0.42 * len(rows) + below
+    figure, (ax,) = new_axes(size=(width, height), layout="none")
+    left = 0.25 + 0.086 * max(map(len, rows))
+    figure.subplots_adjust(left=left / width, right=1 - 0.1 / width, bottom=below / height, top=1 - 0.45 / height)
+    return ax
+
+
+@styled
+def plot_timeline(lanes: Mapping[str, Sequence[tuple[float, float, int]]], unit: str = "ms", title: str = "", ax=None) -> Figure:
+    """Who works when: a row for each lane, a block for each (start, end, kind), in ``unit``; neighbours are told apart.
+
+    Kind 0, 1, 2 … chooses colour and hatch, so that blocks of one sort look alike across lanes.
+    """
+    if not lanes or not any(lanes.values()):
+        raise PlotError("no work to draw: give at least one lane with a block (start, end, kind)")
+    ax = canvas(ax, (7.4, 1.1 + 0.42 * len(lanes)))
+    for row, blocks in enumerate(lanes.values()):
+        for kind in sorted({kind for *_, kind in blocks}):
+            spans = finite([(start, end - start) for start, end, of in blocks if of == kind], "timeline", 2)
+            look = {"color": series_look(kind)["color"], "hatch": HATCHES[kind % len(HATCHES)], "edgecolor": "white"}
+            ax.broken_barh(spans, (row - 0.36, 0.72), linewidth=0.6, alpha=0.75, **look)
+    ax.set_yticks(range(len(lanes)), list(lanes))
+    ax.set(xlabel=unit, ylim=(len(lanes) - 0.5, -0.5), title=title)
+    ax.set_xlim(left=0)
+    ax.grid(False, axis="y")
     return ax.figure
