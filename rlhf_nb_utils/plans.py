@@ -86,31 +86,51 @@ def stairs() -> Iterator[tuple[str, Config]]:
 
 
 def grid() -> Iterator[Config]:
-    """The settings of every point that can be chosen, and the stairs."""
-    yield from (cfg for _, cfg in stairs())
-    for model, rows, length, sampled, *values in product(MODELS, ROWS, LENGTHS, SAMPLED, *SWITCHES.values()):
-        switches = dict(zip(SWITCHES, values))
+    """The settings of every point that can be chosen, those without adapters first."""
+    names = [name for name in SWITCHES if name != "lora_rank"]
+    for rank, model, rows, length, sampled, *values in product(
+        RANKS, MODELS, ROWS, LENGTHS, SAMPLED, *(SWITCHES[name] for name in names)
+    ):
+        switches = dict(zip(names, values)) | {"lora_rank": rank}
         if switches["optimizer"] == "offload" or not switches["stream_gradients"]:
             yield configured(model, rows, length, sampled, **switches)
 
 
-def record(path: Path = RECORDED, every: int = 50) -> Path:
-    """Trace what of the grid is not in ``path`` yet; written now and then, so the command may be stopped and given again."""
+def needed(cfg: Config) -> Iterator[tuple[str, str, Config, Sizes]]:
+    """(key, phase, settings, sizes) of every trace that a plan is made of."""
+    sizes = Sizes.of(cfg)
+    for phase in (*PHASES[:-1], *BEFORE):
+        own = memory.changed(cfg, {"memory.lora_rank": 0}) if phase in BEFORE else cfg  # adapters are for PPO
+        yield phases.key_of(phase, own, sizes), phase, own, sizes
+
+
+def record(path: Path = RECORDED, every: int = 20) -> Path:
+    """Trace what is not in ``path`` yet: the stairs, the table of the cards, then the grid.
+
+    Written now and then, so the command may be stopped and given again; half an hour of one core, all told.
+    """
+    known = _read(path) if path.exists() else {"traces": {}, "cards": []}
     found = load(path) if path.exists() else {}
     phases.remember(found)
-    fresh, used = 0, {}
+    kept = {key: found[key] for _, cfg in stairs() for key in _trace_all(cfg, found)}
+    table = known["cards"] or [_verdict(name, cfg) for name, cfg in asked().items()]
+    _write(path, found, table)
+    done = len(found)
     for cfg in grid():
-        sizes = Sizes.of(cfg)
-        for phase in (*PHASES[:-1], *BEFORE):
-            own = memory.changed(cfg, {"memory.lora_rank": 0}) if phase in BEFORE else cfg
-            key = phases.key_of(phase, own, sizes)
-            if key not in used:
-                fresh += key not in found
-                used[key] = found[key] = phases.traced(phase, own, sizes)
-                if fresh == every:
-                    fresh = 0
-                    _write(path, found, [])
-    return _write(path, used, [_verdict(name, cfg) for name, cfg in asked().items()])
+        kept |= {key: found[key] for key in _trace_all(cfg, found)}
+        if len(found) >= done + every:
+            done = len(found)
+            _write(path, found, table)
+    return _write(path, kept, table)  # what no point needs any more is gone
+
+
+def _trace_all(cfg: Config, found: dict[str, dict[str, float]]) -> list[str]:
+    """Keys of what a plan needs; traced if ``found`` lacks it, and put there."""
+    keys = []
+    for key, phase, own, sizes in needed(cfg):
+        keys.append(key)
+        found[key] = phases.traced(phase, own, sizes)
+    return keys
 
 
 def asked() -> dict[str, Config]:

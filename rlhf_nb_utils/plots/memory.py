@@ -46,7 +46,8 @@ def plot_memory_plan(
         ax.barh(rows, widths, height=0.62, left=left, label=name, **look)
         left += widths
     for row, total in zip(rows, totals):
-        ax.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=10)
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a card's line may pass here
+        ax.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=10, bbox=paper)
     for row, phase in enumerate(phases):
         if measured and phase in measured:
             ax.plot([measured[phase] / 1024], [row], "D", color=INK, markersize=6, label="_" if row else "measured")
@@ -67,29 +68,35 @@ def _framed(rows: Sequence[str], entries: int):
     """Axes for bars with these names and a legend of so many entries below, laid out by arithmetic: a figure that follows a
     slider has no time to be laid out by measuring every text."""
     below = 0.62 + 0.19 * math.ceil(entries / 4)
-    width, height = 6.8, 0.55 + 0.42 * len(rows) + below
-    figure, (ax,) = new_axes(size=(width, height), layout="none")
     left = 0.25 + 0.086 * max(map(len, rows))
+    width, height = left + 5.2, 0.55 + 0.42 * len(rows) + below
+    figure, (ax,) = new_axes(size=(width, height), layout="none")
     figure.subplots_adjust(left=left / width, right=1 - 0.1 / width, bottom=below / height, top=1 - 0.45 / height)
     return ax
 
 
 @styled
-def plot_timeline(lanes: Mapping[str, Sequence[tuple[float, float, int]]], unit: str = "ms", title: str = "", ax=None) -> Figure:
-    """Who works when: a row for each lane, a block for each (start, end, kind), in ``unit``; neighbours are told apart.
+def plot_timeline(lanes: Mapping[str, Sequence[tuple[float, float, str]]], unit: str = "ms", title: str = "", ax=None) -> Figure:
+    """Who works when: a row for each lane, a block for each (start, end, kind) in ``unit``; a kind has one colour everywhere.
 
-    Kind 0, 1, 2 … chooses colour and hatch, so that blocks of one sort look alike across lanes.
+    Blocks that are wide enough are set off from their neighbours.
     """
-    if not lanes or not any(lanes.values()):
+    blocks = [block for lane in lanes.values() for block in lane]
+    if not blocks:
         raise PlotError("no work to draw: give at least one lane with a block (start, end, kind)")
+    times = finite([block[:2] for block in blocks], "timeline", 2)
+    kinds, last = list(dict.fromkeys(kind for *_, kind in blocks)), times.max()
     ax = canvas(ax, (7.4, 1.1 + 0.42 * len(lanes)))
-    for row, blocks in enumerate(lanes.values()):
-        for kind in sorted({kind for *_, kind in blocks}):
-            spans = finite([(start, end - start) for start, end, of in blocks if of == kind], "timeline", 2)
-            look = {"color": series_look(kind)["color"], "hatch": HATCHES[kind % len(HATCHES)], "edgecolor": "white"}
-            ax.broken_barh(spans, (row - 0.36, 0.72), linewidth=0.6, alpha=0.75, **look)
+    for row, lane in enumerate(lanes.values()):
+        for index, kind in enumerate(kinds):
+            spans = [(start, end - start) for start, end, of in lane if of == kind]
+            if not spans:
+                continue
+            edge = 0.6 if min(width for _, width in spans) > 0.008 * last else 0.0
+            ax.broken_barh(spans, (row - 0.36, 0.72), facecolor=series_look(index)["color"], edgecolor="white", linewidth=edge,
+                           alpha=0.75, label=kind)  # fmt: skip
     ax.set_yticks(range(len(lanes)), list(lanes))
-    ax.set(xlabel=unit, ylim=(len(lanes) - 0.5, -0.5), title=title)
-    ax.set_xlim(left=0)
+    ax.set(xlabel=unit, xlim=(0, 1.02 * last), ylim=(len(lanes) - 0.5, -0.5), title=title)
     ax.grid(False, axis="y")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     return ax.figure
