@@ -112,7 +112,8 @@ def record(path: Path = RECORDED, every: int = 20) -> Path:
     known = _read(path) if path.exists() else {"traces": {}, "cards": []}
     found = load(path) if path.exists() else {}
     phases.remember(found)
-    kept = {key: found[key] for _, cfg in stairs() for key in _trace_all(cfg, found)}
+    first = [cfg for _, cfg in stairs()] + list(asked().values())
+    kept = {key: found[key] for cfg in first for key in _trace_all(cfg, found)}
     table = known["cards"] or [_verdict(name, cfg) for name, cfg in asked().items()]
     _write(path, found, table)
     done = len(found)

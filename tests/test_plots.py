@@ -384,7 +384,8 @@ def test_a_run_beside_a_healthy_one():
 def test_a_memory_plan_is_stacked_line_by_line_and_only_cards_near_it_are_drawn():
     figure = EXAMPLES["plot_memory_plan"]()
     (ax,) = figure.axes
-    bars = {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c] for c in ax.containers}
+    spans = {c.get_label(): [path.get_extents().intervalx.tolist() for path in c.get_paths()] for c in ax.collections}
+    bars = {name: [(start, end - start) for start, end in places] for name, places in spans.items()}
     assert list(bars) == ["context", "weights", "logits", "KV cache"]
     assert bars["weights"] == [(900 / 1024, 3.0), (900 / 1024, 3.0)]
     assert bars["KV cache"][0] == (pytest.approx(900 / 1024 + 3), 2.0) and bars["KV cache"][1][1] == 0
