@@ -47,9 +47,10 @@ def plot_memory_plan(
             autolim=False,
         )  # fmt: skip
         left += widths
-    for row, total in zip(rows, totals):
+    for row, (phase, total) in enumerate(zip(phases, totals)):
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a card's line may pass here
-        ax.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=10, bbox=paper)
+        right = max(total, (measured or {}).get(phase, 0.0) / 1024)
+        ax.annotate(f"{total:.1f}", (right, row), (6, 0), textcoords="offset points", va="center", fontsize=10, bbox=paper)
     for row, phase in enumerate(phases):
         if measured and phase in measured:
             ax.plot([measured[phase] / 1024], [row], "D", color=INK, markersize=6, label="_" if row else "measured")
