@@ -22,7 +22,7 @@ from . import runner
 from .config import PROFILES, Config, CourseError, load_config, runs_dir
 
 SHOWN = ("learn", "ablations", "ladder")
-RECORDINGS = ("ablations", "ladder", "clinic", "simulator")
+RECORDINGS = ("ablations", "ladder", "clinic", "simulator", "plans")
 STAGES = ("sft", "preferences", "reward_model", "ppo", "evaluation")
 
 
@@ -169,12 +169,14 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _record(args: argparse.Namespace) -> None:
-    from . import ablations, mistakes, simulator
+    from . import ablations, mistakes, plans, simulator
 
     if args.what == "clinic":
         print(mistakes.record(names=args.only or (), jobs=args.jobs))
-    elif args.what == "simulator" and args.only:
-        raise CourseError("the simulator's runs have no names: record them all, those that are there are kept")
+    elif args.what in ("simulator", "plans") and args.only:
+        raise CourseError(f"what {args.what} records has no names: record it all, what is there is kept")
+    elif args.what == "plans":
+        print(plans.record())
     elif args.what == "simulator":
         print(simulator.record(jobs=args.jobs))
     else:

@@ -96,7 +96,7 @@ def plan(cfg: Config | str, query: int | None = None) -> Plan:
     sizes, memory = Sizes.of(cfg, query), cfg.memory
     rewarded = cfg.ppo.reward == "reward_model"
     found = {phase: traced(phase, cfg, sizes) for phase in PHASES[:-1] if rewarded or phase != "score"}
-    trained, trained_bytes = _trained(cfg)
+    many, trained_bytes = trained(cfg)
     offload = memory.optimizer == "offload"
     own = {phase: kinds["weights"] / MIB for phase, kinds in found.items()}
     resident = {
@@ -113,7 +113,7 @@ def plan(cfg: Config | str, query: int | None = None) -> Plan:
         phases[phase] = resident | moving | ({lent: own[phase]} if lent else {})
     phases["optimizer step"] = resident | {"gradients": 0.0 if memory.stream_gradients else trained_bytes / MIB}
     host = {
-        "optimizer": _on_host(trained, trained_bytes, memory.stream_gradients and sizes.parts > 1) * offload,
+        "optimizer": _on_host(many, trained_bytes, memory.stream_gradients and sizes.parts > 1) * offload,
         "waiting": sum(own.get(p, 0.0) for p in ("score", *([] if memory.lora_rank else ["reference logprobs"]))) * memory.park,
     }
     return Plan(_title(cfg, sizes), {phase: phases[phase] for phase in PHASES if phase in phases}, host, _before(cfg, sizes))
@@ -133,8 +133,18 @@ def _before(cfg: Config, sizes: Sizes) -> dict[str, float]:
     return out
 
 
-def _trained(cfg: Config) -> tuple[float, float]:
+def trained(cfg: Config) -> tuple[float, float]:
     """How many parameters PPO trains, and their bytes."""
+    key = cfg.models.policy, cfg.models.dtype, cfg.ppo.critic, cfg.memory.lora_rank
+    if key not in _counted:
+        _counted[key] = _count(cfg)
+    return _counted[key]
+
+
+_counted: dict[tuple, tuple[float, float]] = {}
+
+
+def _count(cfg: Config) -> tuple[float, float]:
     config, counts = shapes.config_of(cfg.models.policy), []
     layers = config.num_hidden_layers
     for few in tracing.FEW if layers > tracing.FEW[1] else (layers,):

@@ -8,9 +8,10 @@ that is `memory`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,11 @@ class Sizes:
     parts: int  # micro-batches of an optimizer step
     scored: int
     scored_tokens: int
+
+    @property
+    def traced_parts(self) -> int:
+        """While the second micro-batch is computed the gradients of the first lie there; a third changes nothing."""
+        return min(2, self.parts)
 
     @staticmethod
     def of(cfg: Config, query: int | None = None) -> Sizes:
@@ -109,11 +115,10 @@ def _score(model, timeline, cfg: Config, sizes: Sizes) -> None:
 
 
 def _update(policy, timeline, cfg: Config, sizes: Sizes) -> None:
-    """Two micro-batches, where there are several: while the second is computed the first one's gradients lie there."""
     ids, attention = _rows(sizes)
     mask = attention[:, -sizes.response :]
     kept = torch.zeros(mask.shape)
-    for turn in range(min(2, sizes.parts)):
+    for turn in range(sizes.traced_parts):
         timeline.once_more()
         with autocast(torch.device("cpu"), cfg.models.autocast):
             logprobs, values, entropy = policy.evaluate(
@@ -157,26 +162,43 @@ _RUNS = {
     "sample": _sample, "score": _score, "reference logprobs": _reference, "update": _update, "fine-tuning": _fine_tune,
     "reward training": _reward_training,
 }  # fmt: skip
-# Of the settings, what each phase depends on: a plan with other switches finds the rest again.
+_TRAINED = tuple(f"memory.{switch}" for switch in ("stream_gradients", "checkpoint_activations", "chunked_head", "lora_rank"))
+# Of settings and sizes, what each phase depends on: a plan with other switches finds the rest again.
 _READS = {
     "sample": ("device", "models", "ppo.critic", "rollouts", "memory.lora_rank"),
     "score": ("models.reward_backbone", "models.policy", "reward_model"),
     "reference logprobs": ("models", "rollouts.temperature", "memory.chunked_head", "memory.lora_rank"),
-    "update": ("models", "ppo.critic", "ppo.entropy_coef", "memory"),
-    "fine-tuning": ("models", "sft", "memory"),
+    "update": ("models", "ppo.critic", "ppo.entropy_coef", *_TRAINED),
+    "fine-tuning": ("models", "sft", *_TRAINED),
     "reward training": ("models", "reward_model", "preferences.responses_per_prompt", "memory.checkpoint_activations"),
 }
+_SIZES = {
+    "sample": ("query", "response", "sampled"), "score": ("scored", "scored_tokens"),
+    "reference logprobs": ("query", "response", "part"), "update": ("query", "response", "part", "traced_parts"),
+}  # fmt: skip
 
 
-_found: dict[tuple, tracing.Bytes] = {}
+_found: dict[str, tracing.Bytes] = {}
 
 
 def traced(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:
     """Bytes of each kind at the highest moment of a phase, its model included."""
-    key = phase, sizes, *(repr(operator.attrgetter(name)(cfg)) for name in _READS[phase])
+    key = key_of(phase, cfg, sizes)
     if key not in _found:
         _found[key] = _trace(phase, cfg, sizes)
     return _found[key]
+
+
+def key_of(phase: str, cfg: Config, sizes: Sizes) -> str:
+    """Of all that a trace depends on: another key, another trace."""
+    reads = (phase, *(getattr(sizes, name) for name in _SIZES.get(phase, ())))
+    reads += tuple(repr(operator.attrgetter(name)(cfg)) for name in _READS[phase])
+    return hashlib.sha256(repr(reads).encode()).hexdigest()[:12]
+
+
+def remember(traces: Mapping[str, tracing.Bytes]) -> None:
+    """Traces made elsewhere, by `key_of`: `traced` looks there first."""
+    _found.update(traces)
 
 
 def _trace(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:

@@ -51,6 +51,9 @@ class Timeline(MemTracker):
         """From here on it is called that."""
         self.stretch = stretch
 
+    def _update_peak_stats(self, *_) -> None:
+        """MemTracker's own peaks, module by module, take half of its time and are read by nobody here."""
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         out = super().__torch_dispatch__(function, types, args, kwargs)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):

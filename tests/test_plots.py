@@ -32,6 +32,7 @@ LEDGER = {
     "sample": {"context": 900.0, "weights": 3072.0, "logits": 0.0, "KV cache": 2048.0},
     "update": {"context": 900.0, "weights": 3072.0, "logits": 512.0, "KV cache": 0.0},
 }
+WORK = {"card": [(0, 4, "backward"), (4, 8, "backward"), (9, 10, "forward")], "bus": [(4, 4.01, "copy"), (8, 8.01, "copy")]}
 # Every plot function, drawn once with valid data.
 EXAMPLES = {
     "plot_curves": lambda: plots.plot_curves(METRICS, "kl", "score", smoothing=0.5),
@@ -55,6 +56,7 @@ EXAMPLES = {
     "plot_lengths": lambda: plots.plot_lengths({"SFT": [3, 4, 5], "PPO": [8, 8, 7]}, limit=8),
     "plot_throughput": lambda: plots.plot_throughput({"one by one": 100.0, "batched": 250.0}),
     "plot_memory_plan": lambda: plots.plot_memory_plan(LEDGER, measured={"sample": 6000.0, "update": 9000.0}),
+    "plot_timeline": lambda: plots.plot_timeline(WORK, title="a step"),
     "plot_pipeline": lambda: plots.plot_pipeline("GAE"),
 }
 
@@ -108,6 +110,7 @@ def test_a_figure_can_be_drawn_into_given_axes(name):
         "plot_win_rate": ({"a": (0.5, 0.4, 0.6)},),
         "plot_lengths": ({"a": [1, 2]},),
         "plot_memory_plan": (LEDGER,),
+        "plot_timeline": (WORK,),
     }[name]
     assert getattr(plots, name)(*data, ax=ax) is figure and figure.axes == [ax] and ax.get_xlabel()
 
@@ -381,7 +384,8 @@ def test_a_run_beside_a_healthy_one():
 def test_a_memory_plan_is_stacked_line_by_line_and_only_cards_near_it_are_drawn():
     figure = EXAMPLES["plot_memory_plan"]()
     (ax,) = figure.axes
-    bars = {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c] for c in ax.containers}
+    spans = {c.get_label(): [path.get_extents().intervalx.tolist() for path in c.get_paths()] for c in ax.collections}
+    bars = {name: [(start, end - start) for start, end in places] for name, places in spans.items()}
     assert list(bars) == ["context", "weights", "logits", "KV cache"]
     assert bars["weights"] == [(900 / 1024, 3.0), (900 / 1024, 3.0)]
     assert bars["KV cache"][0] == (pytest.approx(900 / 1024 + 3), 2.0) and bars["KV cache"][1][1] == 0
@@ -393,3 +397,16 @@ def test_a_memory_plan_is_stacked_line_by_line_and_only_cards_near_it_are_drawn(
         plots.plot_memory_plan({})
     with pytest.raises(PlotError, match="below 0"):
         plots.plot_memory_plan({"a": {"weights": -1.0}})
+
+
+def test_a_timeline_has_a_row_for_each_lane_and_a_colour_for_each_kind():
+    (ax,) = EXAMPLES["plot_timeline"]().axes
+    spans = {c.get_label(): [path.get_extents().intervalx.tolist() for path in c.get_paths()] for c in ax.collections}
+    assert spans == {"backward": [[0, 4], [4, 8]], "forward": [[9, 10]], "copy": [[4, 4.01], [8, 8.01]]}
+    assert [c.get_linewidth()[0] > 0 for c in ax.collections] == [True, True, False]  # an edge would hide a thin block
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(WORK)
+    assert len({tuple(c.get_facecolor()[0]) for c in ax.collections}) == 3
+    with pytest.raises(PlotError, match="no work"):
+        plots.plot_timeline({"card": []})
+    with pytest.raises(PlotError, match="not finite"):
+        plots.plot_timeline({"card": [(0, float("nan"), "a")]})

@@ -38,6 +38,7 @@ ORDER = [
         "tracing",
         "phases",
         "memory",
+        "plans",
         "evaluation",
     ),
     *(

@@ -13,6 +13,7 @@ from rlhf_nb_utils.exercises import (
     evaluation,
     gae,
     kl,
+    memory,
     overview,
     policy_gradient,
     ppo,
@@ -34,6 +35,7 @@ SETS: dict[str, tuple[Exercise, ...]] = {
     "07_gae": gae.EXERCISES,
     "08_ppo": ppo.EXERCISES,
     "09_evaluation": evaluation.EXERCISES,
+    "10_memory": memory.EXERCISES,
 }
 EXERCISES: dict[str, Exercise] = {exercise.name: exercise for some in SETS.values() for exercise in some}
 

@@ -51,7 +51,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(other, torch.Tensor) and not isinstance(one, torch.Tensor):
         return False
     try:
-        one, other = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x) for x in (one, other))
+        one, other = map(_array, (one, other))
         if one.shape != other.shape or (one.dtype == bool) != (other.dtype == bool):
             return False
         if other.ndim and other.dtype.kind == "i" and one.dtype.kind == "f":  # ids and positions are looked up in tables
@@ -59,6 +59,13 @@ def same(one: Any, other: Any) -> bool:
         return bool(np.allclose(one.astype(float), other.astype(float), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True))
     except (TypeError, ValueError):
         return False
+
+
+def _array(value: Any) -> np.ndarray:
+    """numpy has no bf16."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().float() if value.dtype == torch.bfloat16 else value.detach()
+    return np.asarray(value)
 
 
 def verdict(exercise: Exercise, attempt: Callable) -> str:
