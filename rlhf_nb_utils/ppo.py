@@ -77,8 +77,9 @@ def policy_loss(new_logprobs, logprobs, advantages, mask, cliprange, cliprange_h
     ``cliprange_high`` moves the upper bound alone (Yu et al. 2025, §3.1). Statistics: approxkl is k3 of the step
     (Schulman's note of 2020), clipfrac the share of tokens whose clipped branch is taken.
     """
-    log_ratio = (new_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
+    # Masked on the way in: to mask the loss alone would stop a NaN behind the end, and not its gradient, 0 · NaN.
+    log_ratio = torch.where(mask, new_logprobs - logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio, advantages = log_ratio.exp(), torch.where(mask, advantages, 0.0)
     high = cliprange if cliprange_high is None else cliprange_high
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + high)
     loss = masked_mean(torch.maximum(plain, clipped), mask)
@@ -98,11 +99,11 @@ def value_loss(new_values, values, returns, mask, cliprange_value=None) -> tuple
     With ``cliprange_value`` the new value may not leave the old one by more, where that would lower the loss
     (OpenAI's Baselines, ppo2; Engstrom et al. 2020 find no gain: a choice, hence the switch).
     """
-    error = (new_values - returns).square()
+    error = torch.where(mask, new_values - returns, 0.0).square()
     clipfrac = torch.zeros((), device=error.device)
     if cliprange_value is not None:
         near = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
-        clipped = (near - returns).square()
+        clipped = torch.where(mask, near - returns, 0.0).square()
         clipfrac = masked_mean((clipped > error).float(), mask)
         error = torch.maximum(error, clipped)
     return 0.5 * masked_mean(error, mask), {"value_clipfrac": clipfrac}

@@ -100,6 +100,24 @@ def random_step(seed, rows=6, columns=5):
     return old - 2, old - 2 + 0.4 * change, advantages, mask
 
 
+@pytest.mark.parametrize("stray", [math.nan, math.inf, 1e4])
+def test_what_stands_behind_the_end_reaches_neither_loss_nor_gradient(stray):
+    old, new, advantages, mask = random_step(7)
+    clean, dirty = [], []
+    for found, fill in ((clean, 0.0), (dirty, stray)):
+        a, b, c = (torch.where(mask, x, fill) for x in (old, new, advantages))
+        b.requires_grad_()
+        for loss, stats in (
+            ppo.policy_loss(b, -a, c, mask, 0.2),
+            ppo.value_loss(b, a, c, mask, 0.2),
+            ppo.value_loss(b, a, c, mask),
+        ):
+            (gradient,) = torch.autograd.grad(loss, b)
+            found += [loss, gradient, *stats.values()]
+    for expected, got in zip(clean, dirty):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.2, None), (0.2, 0.3), (0.1, 0.05)])
 def test_policy_loss_and_its_statistics_equal_a_loop(low, high):
     old, new, advantages, mask = random_step(3)
