@@ -256,7 +256,8 @@ def test_the_profiles_of_a_12_gb_card_fit_it_and_say_so(profile):
     found = plan(profile)
     assert found.fits(12)
     text = (PROFILE_DIR / f"{profile}.yaml").read_text(encoding="utf-8")
-    assert f"{found.peak / 1024:.1f} GiB" in text and "not yet measured" in text
+    assert f"{found.total(found.highest) / 1024:.1f} GiB on the card" in text and f"PPO {found.peak / 1024:.1f}" in text
+    assert "not yet measured" in text
 
 
 @pytest.mark.slow
