@@ -291,15 +291,19 @@ def nearest(word: str, choices) -> str:
 
 
 def load_config(profile: str = "cpu", seed: int = 0, overrides: dict[str, Any] | None = None) -> Config:
-    """The profile's settings with ``overrides`` (dotted names, or nested dicts) on top.
-
-    ``RLHF_NB_PROFILE`` in the environment wins over ``profile`` and says so on stderr.
-    Raises ConfigError, in one line that names the nearest valid choice.
-    """
+    """`read_profile` of ``profile``, or of the one that ``RLHF_NB_PROFILE`` in the environment names, which is said on stderr."""
     forced = os.environ.get("RLHF_NB_PROFILE")
     if forced and forced != profile:
         print(f"profile {forced!r} from RLHF_NB_PROFILE, not {profile!r}", file=sys.stderr)
         profile = forced
+    return read_profile(profile, seed, overrides)
+
+
+def read_profile(profile: str, seed: int = 0, overrides: dict[str, Any] | None = None) -> Config:
+    """The profile's settings with ``overrides`` (dotted names, or nested dicts) on top, whatever the environment says.
+
+    Raises ConfigError, in one line that names the nearest valid choice.
+    """
     path = PROFILE_DIR / f"{profile}.yaml"
     if profile not in PROFILES:
         raise ConfigError(f"unknown profile {profile!r}{nearest(profile, PROFILES)}")

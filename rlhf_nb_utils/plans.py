@@ -13,10 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_nb_utils import checkpoint, memory, phases
-from rlhf_nb_utils.config import DATA, PROFILE_DIR, Config, CourseError
+from rlhf_nb_utils.config import DATA, Config, CourseError, read_profile
 from rlhf_nb_utils.phases import BEFORE, PHASES, Sizes
 
 RECORDED = DATA / "recorded" / "plans.json"
@@ -48,19 +46,13 @@ SWITCHES = {"optimizer": ("adamw", "offload"), "stream_gradients": (False, True)
 
 
 class PlanError(CourseError):
-    """Settings that do not go together, or a recording that is not there."""
-
-
-def profile(name: str, changes: dict[str, Any] | None = None) -> Config:
-    """The settings of a profile with others in place; ``RLHF_NB_PROFILE`` plays no part."""
-    text = (PROFILE_DIR / f"{name}.yaml").read_text(encoding="utf-8")
-    return memory.changed(Config(profile=name, **yaml.safe_load(text)), changes or {})
+    """A recording that is not there."""
 
 
 def configured(model: str, rows: int, response_length: int, sampled: int, **switches) -> Config:
     """The settings at one point of the grid: micro-batches of ``rows``, ``STEP`` responses in an optimizer step.
 
-    AdamW beside the weights goes with fp32 weights under autocast, the offloaded one with bf16 weights. Raises PlanError
+    AdamW beside the weights goes with fp32 weights under autocast, the offloaded one with bf16 weights. Raises ConfigError
     where switches do not go together.
     """
     base, changes = MODELS[model]
@@ -71,15 +63,13 @@ def configured(model: str, rows: int, response_length: int, sampled: int, **swit
         "ppo.num_mini_batches": 4, "ppo.gradient_accumulation_steps": STEP // rows,
     }  # fmt: skip
     off = {f"memory.{name}": values[0] for name, values in SWITCHES.items()}
-    try:
-        return profile(base, changes | precision | sizes | off | {f"memory.{name}": value for name, value in switches.items()})
-    except ValueError as error:
-        raise PlanError(str(error).split("Value error, ")[-1].split(" [type=")[0]) from None
+    on = {f"memory.{name}": value for name, value in switches.items()}
+    return read_profile(base, overrides=changes | precision | sizes | off | on)
 
 
 def stairs() -> Iterator[tuple[str, Config]]:
     """GPT-2 XL on the profile of the 12 GB card, with one more of the `STAIRS` turned each time."""
-    cfg = profile("gpu-12gb", XL)
+    cfg = read_profile("gpu-12gb", overrides=XL)
     for name, change in STAIRS.items():
         cfg = memory.changed(cfg, change)
         yield name, cfg
@@ -109,12 +99,11 @@ def record(path: Path = RECORDED, every: int = 20) -> Path:
 
     Written now and then, so the command may be stopped and given again; half an hour of one core, all told.
     """
-    known = _read(path) if path.exists() else {"traces": {}, "cards": []}
     found = load(path) if path.exists() else {}
     phases.remember(found)
     first = [cfg for _, cfg in stairs()] + list(asked().values())
     kept = {key: found[key] for cfg in first for key in _trace_all(cfg, found)}
-    table = known["cards"] or [_verdict(name, cfg) for name, cfg in asked().items()]
+    table = [_verdict(name, cfg) for name, cfg in asked().items()]
     _write(path, found, table)
     done = len(found)
     for cfg in grid():
@@ -139,10 +128,10 @@ def asked() -> dict[str, Config]:
     off = {f"memory.{name}": values[0] for name, values in SWITCHES.items()}
     plain = off | {"models.dtype": "float32", "models.autocast": True}
     return {
-        "gpu-12gb": profile("gpu-12gb"),
-        "gpu-12gb-1b": profile("gpu-12gb-1b"),
-        "gpu-12gb-1b, its switches off": profile("gpu-12gb-1b", plain),
-        "GPT-2 XL, no switch": profile("gpu-12gb", XL),
+        "gpu-12gb": read_profile("gpu-12gb"),
+        "gpu-12gb-1b": read_profile("gpu-12gb-1b"),
+        "gpu-12gb-1b, its switches off": read_profile("gpu-12gb-1b", overrides=plain),
+        "GPT-2 XL, no switch": read_profile("gpu-12gb", overrides=XL),
     }
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ipywidgets
-import yaml
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,7 +27,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from rlhf_nb_utils import plots
-from rlhf_nb_utils.config import PROFILE_DIR, PROFILES, Config, ConfigError, CourseError
+from rlhf_nb_utils.config import PROFILE_DIR, PROFILES, Config, ConfigError, CourseError, read_profile
 
 CELL = "padding:3px 10px;text-align:left;vertical-align:top;border-bottom:1px solid #dddddd"
 BOX = "border-collapse:collapse;color:#222222;background:#ffffff;font-size:13px"
@@ -111,7 +110,7 @@ def profile_table(*fields: str) -> Table:
     columns = {}
     for name in PROFILES:
         text = (PROFILE_DIR / f"{name}.yaml").read_text(encoding="utf-8")
-        values = {key: value for key, value, _ in Config(profile=name, **yaml.safe_load(text)).table()}
+        values = {key: value for key, value, _ in read_profile(name).table()}
         if unknown := [field for field in fields if field not in values]:
             raise ConfigError(f"unknown field {unknown[0]!r}; `python -m rlhf_nb_utils.course fields` lists them")
         columns[name] = [text.splitlines()[0].lstrip("# "), *(_short(values[field]) for field in fields)]

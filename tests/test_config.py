@@ -14,6 +14,7 @@ from rlhf_nb_utils.config import (
     Section,
     field_names,
     load_config,
+    read_profile,
     runs_dir,
     same_recipe,
 )
@@ -63,6 +64,7 @@ def test_the_environment_wins_over_the_profile_and_says_so(monkeypatch, capsys):
     monkeypatch.setenv("RLHF_NB_PROFILE", "smoke")
     assert load_config("cpu").profile == "smoke"
     assert "RLHF_NB_PROFILE" in capsys.readouterr().err
+    assert read_profile("cpu").profile == "cpu" and not capsys.readouterr().err
 
 
 def test_runs_follow_the_environment(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf_nb_utils import memory, phases, plans
-from rlhf_nb_utils.config import PROFILES, load_config
+from rlhf_nb_utils.config import ConfigError
 from rlhf_nb_utils.course import main
 from rlhf_nb_utils.phases import MIB, Sizes
 
@@ -63,21 +63,19 @@ def test_every_point_of_the_grid_is_a_valid_setting():
 
 
 def test_switches_that_do_not_go_together_are_refused_in_one_line():
-    with pytest.raises(plans.PlanError, match=r"^stream_gradients needs optimizer: offload, which takes the gradients$"):
+    with pytest.raises(ConfigError, match=r"^memory: stream_gradients needs optimizer: offload, which takes the gradients$"):
         plans.configured("gpt2", 8, 128, 16, stream_gradients=True)
 
 
-def test_a_profile_is_the_profile_whatever_the_environment_says(monkeypatch):
-    for name in PROFILES:
-        monkeypatch.delenv("RLHF_NB_PROFILE", raising=False)
-        expected = load_config(name)
-        monkeypatch.setenv("RLHF_NB_PROFILE", "smoke")
-        assert plans.profile(name) == expected
-
-
-def test_the_table_of_the_cards():
+def test_the_table_of_the_cards(no_traces, monkeypatch):
     table = {row["name"]: row for row in plans.cards()}
     assert list(table) == list(plans.asked())
+    plans.replay()
+    monkeypatch.setattr(phases, "_trace", None)
+    for name, cfg in plans.asked().items():
+        found = memory.plan(cfg)
+        assert table[name]["highest"] == found.highest, "`python -m rlhf_nb_utils.course record plans`"
+        assert table[name]["GiB"] == pytest.approx(found.total(found.highest) / 1024, abs=0.006)
     for row in table.values():
         assert list(row["cards"]) == [str(card) for card in memory.CARDS]
         for size, card in row["cards"].items():
