@@ -58,9 +58,9 @@ WINDOW = 128  # context of tiny-gpt2
 # Attention is "eager" in training: on a CPU, at these lengths, the fused kernel's backward takes half of the step.
 
 LADDER = {
-    "lm-1m": {"width": 128, "layers": 4, "tokenizer": "tiny-gpt2", "tokens": 8_000_000},
-    "lm-16m": {"width": 512, "layers": 4, "tokenizer": "tiny-gpt2", "tokens": 5_000_000},
-    "lm-gpt2-tokens": {"width": 256, "layers": 4, "tokenizer": "openai-community/gpt2", "tokens": 5_000_000},
+    "lm-1m": {"width": 128, "layers": 4, "tokenizer": "tiny-gpt2", "tokens": 6_000_000},
+    "lm-16m": {"width": 512, "layers": 4, "tokenizer": "tiny-gpt2", "tokens": 3_000_000},
+    "lm-gpt2-tokens": {"width": 256, "layers": 4, "tokenizer": "openai-community/gpt2", "tokens": 2_000_000},
 }
 LM = {"tokens": 33_000_000, "batch": 32, "lr_matrix": 0.02, "lr_rest": 3e-3, "warmup": 100, "decay": 0.45}
 BERT = {
