@@ -35,6 +35,20 @@ def load() -> dict:
     return ablations.load(RECORDING)
 
 
+def beside(recording: Mapping, name: str, *questions: str) -> tuple[dict[str, Sequence], dict[str, Sequence]]:
+    """Curves of the sick run called ``name``, and the healthy run's: ``plots.plot_beside(*beside(...))`` draws them.
+
+    Raises ClinicError for a run or a curve that was not recorded.
+    """
+    runs = recording.get("runs", {})
+    if name not in runs or HEALTHY not in runs:
+        raise ClinicError(f"no run is recorded as {name!r}; there are {', '.join(sorted(runs)) or 'none'}")
+    sick, healthy = (runs[which]["curves"] for which in (name, HEALTHY))
+    if unknown := [question for question in questions if question not in sick]:
+        raise ClinicError(f"no curve is called {unknown[0]!r}; there are {', '.join(sick)}")
+    return {question: sick[question] for question in questions}, {question: healthy[question] for question in questions}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a case and the healthy run have to say to one question: a number per iteration, or (opening, response) pairs.

@@ -35,6 +35,18 @@ def test_the_order_is_drawn_by_the_seed_and_gives_nothing_away():
     assert not [name for name in MISTAKES if name in shown]
 
 
+def test_a_symptom_is_shown_beside_the_healthy_run_without_playing():
+    made_up = recording()
+    sick, healthy = clinic.beside(made_up, "no KL penalty", "kl", "score")
+    assert list(sick) == list(healthy) == ["kl", "score"]
+    assert sick["kl"] == made_up["runs"]["no KL penalty"]["curves"]["kl"] and healthy["kl"] == list(range(11))
+    for name, question, told in (("no PPO", "kl", "no run is recorded as 'no PPO'"), ("no KL penalty", "mood", "'mood'")):
+        with pytest.raises(ClinicError, match=told):
+            clinic.beside(made_up, name, question)
+    with pytest.raises(ClinicError, match="there are none"):
+        clinic.beside({}, "no KL penalty", "kl")
+
+
 def test_an_answer_is_the_curve_beside_the_healthy_one():
     made_up = recording()
     case = the_case(Clinic(made_up), "no KL penalty")
