@@ -160,14 +160,15 @@ def optimizer_from_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
         )
     parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     loaded: dict[Tensor, dict] = {}
+    into_place = isinstance(optimizer, CPUOffloadAdamW)  # it has room for them, for a large model most of the host's memory
     for name, value in {**tensors, **state["scalars"]}.items():
         i, key = name.split(".", 1)
         parameter, group = parameters[int(i)]
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not into_place:
             present = optimizer.state.get(parameter, {}).get(key)
             value = _placed(value, key, parameter, group, present, name in state["on_host"])
         loaded.setdefault(parameter, {})[key] = value
-    if isinstance(optimizer, CPUOffloadAdamW):  # it has room for them already, for a large model most of the host's memory
+    if into_place:
         own = {i: loaded[parameter] for i, (parameter, _) in enumerate(parameters) if parameter in loaded}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": own})
     else:
@@ -231,19 +232,21 @@ def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor] | nn.M
 
 def _distinct(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each storage once, contiguous, on the CPU; and which name is another's tensor (tied weights)."""
-    distinct, aliases, seen, storages = {}, {}, {}, set()
+    distinct, aliases, seen = {}, {}, {}
     for name, tensor in named.items():
         tensor = tensor.detach()
-        storage = tensor.untyped_storage()
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
             continue
         seen[key] = name
-        part = storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in storages
-        storages.add(storage.data_ptr())
-        tensor = tensor.cpu().contiguous()
-        distinct[name] = tensor.clone() if part else tensor  # safetensors refuses views of one storage
+        distinct[name] = tensor.cpu().contiguous()
+    end = 0
+    for name in sorted(distinct, key=lambda name: distinct[name].data_ptr()):
+        start, size = distinct[name].data_ptr(), distinct[name].nbytes
+        if start < end:  # safetensors refuses tensors that overlap, but not the parts of one storage
+            distinct[name] = distinct[name].clone()
+        end = max(end, start + size)
     return distinct, aliases
 
 

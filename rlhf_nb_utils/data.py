@@ -232,7 +232,7 @@ def _read_jsonl(path: Path) -> list[dict]:
         raise DataError(f"no such file: {path}")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` cuts at U+2028 too, which JSON may hold
     except UnicodeDecodeError:
         raise DataError(f"{path.name} is not UTF-8 text: save it as such") from None
     for number, line in enumerate(lines, 1):
@@ -265,6 +265,8 @@ def _comparison(row: dict, where: str) -> Comparison:
         numbers = None if scores is None else tuple(map(float, scores))
     except (TypeError, ValueError):
         raise DataError(f"{where}: scores must be numbers, not {scores!r}") from None
+    if numbers is not None and not all(map(math.isfinite, numbers)):
+        raise DataError(f"{where}: scores must be finite, not {scores!r}: mend them, or leave the scores out")
     return Comparison(prompt, tuple(responses), numbers, where)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from rlhf_nb_utils.models import Policy, autocast, position_ids, tempered
 
@@ -68,6 +68,15 @@ class Roomy(DynamicLayer):
 def static_cache(config, room: int) -> StaticCache:
     """A cache for ``room`` tokens a row, all of which are attended to, what is not yet written being masked."""
     return StaticCache(config, max_cache_len=room)
+
+
+def can_be_fixed(config) -> bool:
+    """Whether `fixed` computes what this model computes: its mask (B, 1, 1, Q + T) bool is one for SDPA, in layers that
+    attend to all that came before. Eager attention (GPT-Neo, GPT-J) would *add* it, a sliding window keeps fewer tokens, ALiBi
+    counts positions by it.
+    """
+    plain = all(type(layer) is StaticLayer for layer in static_cache(config, 1).layers)
+    return plain and config._attn_implementation == "sdpa" and not getattr(config, "alibi", False)
 
 
 def roomy_cache(config, room: int) -> DynamicCache:

@@ -10,6 +10,7 @@ prompts. A score that was optimised is shown but marked: it is no evidence of qu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -27,6 +28,7 @@ from scipy.special import expit, gammaln
 from rlhf_nb_utils import rollouts, tokenizer_bridge
 from rlhf_nb_utils.config import Config, CourseError
 from rlhf_nb_utils.kl import exact_kl
+from rlhf_nb_utils.savings import at_work
 
 Scorer = Callable[[list[str], list[str]], Sequence[float]]
 CHUNK = 2**21  # elements of a resampling table held at once
@@ -247,10 +249,13 @@ def exact_kl_per_response(policy, reference, rollout, rows: int = 8) -> torch.Te
     through both models at a time, which bounds the memory at ``rows`` × T × V logits of each.
     """
     length, parts = rollout.mask.shape[1], []
-    for start in range(0, len(rollout.mask), rows):
-        some = rollout[start : start + rows]
-        logits, ref_logits = (model(some.input_ids, some.attention_mask, length)[0] for model in (policy, reference))
-        parts.append(torch.where(some.mask, exact_kl(logits, ref_logits), 0.0).sum(1))
+    # A parked reference comes once; one that is the policy without its adapters may be that for its own call only.
+    shared = getattr(reference, "adapters_off", False)
+    with contextlib.nullcontext() if shared else at_work(reference):
+        for start in range(0, len(rollout.mask), rows):
+            some = rollout[start : start + rows]
+            logits, ref_logits = (model(some.input_ids, some.attention_mask, length)[0] for model in (policy, reference))
+            parts.append(torch.where(some.mask, exact_kl(logits, ref_logits), 0.0).sum(1))
     return torch.cat(parts)
 
 

@@ -95,6 +95,15 @@ def load_weights(auto, source: str, dtype: torch.dtype = torch.float32) -> nn.Mo
         raise ModelError(f"cannot load {source}: weights in safetensors are needed ({reason})") from None
 
 
+def read_config(source: str):
+    """``AutoConfig.from_pretrained``, never with a repository's own code. Raises ModelError for an unknown kind of model."""
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ModelError(f"cannot load {source}: a kind of model that transformers itself knows is needed ({reason})") from None
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The transformer layers of a model, first to last."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -104,7 +113,8 @@ class ValueHead(nn.Linear):
     """Hidden states (..., d) -> (..., 1). Its weights are fp32 or better whatever the trunk's, and few."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden.to(self.weight.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
 
 
 class Policy(nn.Module):
@@ -210,7 +220,7 @@ def load_tokenizer(name: str):
 
     Raises ModelError if it has no EOS: a policy that cannot stop cannot be scored.
     """
-    tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(name))
+    tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(name), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name} has no EOS token: a response could not end; choose another policy")
     if tokenizer.pad_token_id is None:
@@ -222,7 +232,7 @@ def load_tokenizer(name: str):
 def load_policy(name: str, dtype: str = "float32", separate_critic: bool = False) -> Policy:
     """A policy from a name of data/models/, a folder, or a repository id. Raises ModelError if it is not causal."""
     path = hub.model_dir(name)
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path)
     kinds = " ".join(getattr(config, "architectures", None) or [])
     if config.is_encoder_decoder or not any(word in kinds for word in ("CausalLM", "LMHead")):
         raise ModelError(f"{name} is no causal language model ({kinds or config.model_type}): models.policy needs one")
@@ -301,11 +311,11 @@ def load_classifier(name: str, device: torch.device | str = "cpu") -> TextClassi
     config_file = path / "config.json"
     if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "ngram-linear":
         return NGramLinear.load(path)
-    config = AutoConfig.from_pretrained(str(path) if path.is_dir() else name)
+    config = read_config(str(path) if path.is_dir() else name)
     positive, negative = _sentiment_labels(name, config.id2label)
     source = str(path) if path.is_dir() else name
     model = load_weights(AutoModelForSequenceClassification, source).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(name))
+    tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(name), trust_remote_code=False)
     limit = min(256, int(getattr(config, "max_position_embeddings", 258)) - 2)
     return TextClassifier(model, tokenizer, positive, negative, limit)
 

@@ -244,6 +244,8 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
     # --- gradients come in --------------------------------------------------------------------------------------------
 
     def _on_gradient(self, p: Tensor) -> None:
+        if p.grad is None:
+            raise RuntimeError("another CPUOffloadAdamW took this parameter's gradient: delete that one, then gc.collect()")
         if self.stream_gradients or not self._accumulating:
             self._fetch(p)
 
@@ -312,19 +314,17 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         params, sums = bucket.take()
         if not params:
             return
+        group = dict(self.param_groups[bucket.group])  # as it is now: a scheduler may change it before the worker comes to it
         if self._worker is not None:
-            self._pending[bucket] = self._worker.submit(self._finish, bucket, params, sums, scale)
+            self._pending[bucket] = self._worker.submit(self._finish, bucket, params, sums, scale, group)
             return
-        self._finish(bucket, params, sums, scale)
+        self._finish(bucket, params, sums, scale, group)
         if bucket.done is not None:
             torch.cuda.current_stream(params[0].device).wait_event(bucket.done)
 
     @torch.no_grad()
-    def _finish(self, bucket: _Bucket, params: list[Tensor], sums: Tensor | None, scale: Tensor | None) -> None:
-        flat, group = (
-            self._scratch[: bucket.size].copy_(bucket.staging) if sums is None else sums,
-            self.param_groups[bucket.group],
-        )
+    def _finish(self, bucket: _Bucket, params: list[Tensor], sums: Tensor | None, scale: Tensor | None, group: dict) -> None:
+        flat = self._scratch[: bucket.size].copy_(bucket.staging) if sums is None else sums
         states, gradients = [self._state(p, group) for p in params], [bucket.view(flat, p) for p in params]
         self._update(group, [state["master"] for state in states], gradients, states, scale)
         for p, state in zip(params, states):

@@ -68,7 +68,7 @@ def margins(gaps: Tensor, cuts: Tensor) -> Tensor:
     Touvron et al. (2023, table 27, "small") ask annotators how much better the choice is, in four grades; here the
     quartile of the gap answers. A label that contradicts the gold score (gap < 0) asks for no margin.
     """
-    return torch.bucketize(gaps.clamp(min=0), cuts, right=True).float() / 3
+    return torch.where(gaps > 0, torch.bucketize(gaps, cuts, right=True), 0).float() / 3
 
 
 # --- the model ----------------------------------------------------------------------------------------------------
@@ -131,9 +131,9 @@ class RewardModel(nn.Module):
                 raise RewardModelError("a trunk given as a module needs its tokenizer: pass tokenizer=")
             return cls(source.base_model, tokenizer, pooling, max_length, dropout, seed)
         path = hub.model_dir(str(source))
-        _check_labels(AutoConfig.from_pretrained(path), source)
+        _check_labels(models.read_config(path), source)
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(str(source)))
+            tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(str(source)), trust_remote_code=False)
         backbone = models.load_weights(AutoModel, path)
         return cls(backbone, tokenizer, pooling, max_length, dropout, seed)
 

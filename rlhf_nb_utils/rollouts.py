@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rlhf_nb_utils import decoding
 from rlhf_nb_utils.config import CourseError, RolloutsConfig
 from rlhf_nb_utils.models import Policy, autocast
+from rlhf_nb_utils.savings import at_work
 
 
 class RolloutError(CourseError):
@@ -110,7 +111,7 @@ def encode_queries(tokenizer, texts: list[str]) -> list[list[int]]:
     if any(not text.strip() for text in texts):
         raise RolloutError("an empty prompt: give at least one word")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [bos + tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [bos + tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
 
 
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -132,6 +133,8 @@ def draw(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     In two steps, a block of the vocabulary and a token of the block: one uniform number a row where ``torch.multinomial``
     draws V exponential ones, which costs a CPU more than a small model does. An index of probability 0 is never drawn.
     """
+    if probs.device.type == "mps":  # knows no float64
+        return torch.multinomial(probs, 1, generator=generator).squeeze(1)
     rows, size = probs.shape
     width = math.isqrt(size - 1) + 1
     blocks = F.pad(probs, (0, -size % width)).view(rows, -1, width)
@@ -158,6 +161,11 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
     ``tokenizer`` gives ``eos_token_id`` and ``pad_token_id``; ``generator`` is a torch.Generator on the policy's device.
     Raises RolloutError for an empty query, or one that leaves no room for the response in the policy's context.
     """
+    with at_work(policy):
+        return _sample(policy, query_ids, cfg, tokenizer, generator, bf16)
+
+
+def _sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, tokenizer, generator, bf16: bool) -> Rollout:
     device, eos = policy.device, tokenizer.eos_token_id
     queries, query_mask = pad_queries(query_ids, tokenizer.pad_token_id, device)
     width, length = queries.shape[1], cfg.response_length
@@ -173,7 +181,8 @@ def sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, toke
         return token, every.gather(1, token[:, None]).squeeze(1)
 
     given = policy, queries, query_mask, length, choose, eos, tokenizer.pad_token_id, cfg.temperature, bf16
-    written = decoding.fixed(*given, generator) if device.type == "cuda" else decoding.shrinking(*given)
+    graph = device.type == "cuda" and decoding.can_be_fixed(policy.lm.config)
+    written = decoding.fixed(*given, generator) if graph else decoding.shrinking(*given)
     used = int(written.mask.any(0).sum())  # all ended early: what follows would be padding alone
     table = (x[:, :used] for x in (written.responses, written.mask))
     rollout = Rollout(queries, query_mask, *table, written.ended, written.logprobs[:, :used], written.values[:, :used])
@@ -190,10 +199,11 @@ def sample_many(policy, query_ids, cfg: RolloutsConfig, tokenizer, seed: int, bf
     """``sample`` in batches of ``cfg.batch_size``, reproducible from ``seed``; ``progress(done, total)`` after each."""
     if not query_ids:
         raise RolloutError("no prompts to sample from: give at least one")
-    generator = torch.Generator(policy.device).manual_seed(seed)
     parts = []
-    for start in range(0, len(query_ids), cfg.batch_size):
-        parts.append(sample(policy, query_ids[start : start + cfg.batch_size], cfg, tokenizer, generator, bf16))
-        if progress:
-            progress(min(start + cfg.batch_size, len(query_ids)), len(query_ids))
+    with at_work(policy):  # before its device is asked
+        generator = torch.Generator(policy.device).manual_seed(seed)
+        for start in range(0, len(query_ids), cfg.batch_size):
+            parts.append(sample(policy, query_ids[start : start + cfg.batch_size], cfg, tokenizer, generator, bf16))
+            if progress:
+                progress(min(start + cfg.batch_size, len(query_ids)), len(query_ids))
     return Rollout.cat(parts)

@@ -18,13 +18,16 @@ from rlhf_nb_utils.tensor_ops import masked_mean
 def encode_demonstration(tokenizer, query: str, response: str, max_length: int) -> tuple[list[int], list[int]]:
     """(query ids with BOS, response ids with EOS). The text is tokenized whole and split at the query's last character,
     so that the response's tokens are those the policy would have to write. A response too long is cut and has no EOS."""
-    encoded = tokenizer(query + response, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(query + response, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     ids, starts = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
     cut = next((i for i, start in enumerate(starts) if start >= len(query)), len(ids))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     query_ids, response_ids = bos + ids[:cut], [*ids[cut:], tokenizer.eos_token_id]
     if not query_ids or len(query_ids) >= max_length:
-        raise CourseError(f"a prompt of {len(query_ids)} tokens does not fit into sft.max_length={max_length}: raise it")
+        raise CourseError(
+            f"a prompt of {len(query_ids)} tokens does not fit into sft.max_length={max_length} (or the policy's context, if "
+            "that is lower): shorten the prompt, or raise sft.max_length"
+        )
     return query_ids, response_ids[: max_length - len(query_ids)]
 
 
@@ -69,6 +72,8 @@ def train(
 
     ``callback(step, steps, row)`` follows it live. Raises TrainingError, naming the step, if loss or gradient is not finite.
     """
+    if not demonstrations:
+        raise CourseError("no demonstrations: give at least one, or raise data.n_sft")
     longest = min(cfg.max_length, policy.context_length)
     encoded = [encode_demonstration(tokenizer, q, r, longest) for q, r in demonstrations]
     optimizer = make_optimizer(
@@ -110,6 +115,8 @@ def train(
 @torch.no_grad()
 def heldout_loss(policy, tokenizer, demonstrations, cfg: SFTConfig, bf16=False) -> float:
     """Nats per response token over all demonstrations: summed over tokens first, so batch sizes do not matter."""
+    if not demonstrations:
+        raise CourseError("no demonstrations: give at least one, or raise data.n_sft")
     longest = min(cfg.max_length, policy.context_length)
     encoded = [encode_demonstration(tokenizer, q, r, longest) for q, r in demonstrations]
     total, count = 0.0, 0

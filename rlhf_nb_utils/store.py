@@ -221,7 +221,7 @@ def _write(cfg: Config, name: str, make: Callable[[Path], dict[str, Any]], path:
         work.mkdir(exist_ok=True)
         summary = make(work)
         found = [p.relative_to(work) for p in sorted(work.rglob("*")) if p.is_file()]
-        files = {str(p): (work / p).stat().st_size for p in found if p.parts[0] != CHECKPOINTS}
+        files = {str(p): (work / p).stat().st_size for p in found if p.parts[0] not in (CHECKPOINTS, DONE)}
         summary = _finite(summary)
         checkpoint.write_json_atomic(work / DONE, {"identity": _identity(cfg, name), "summary": summary, "files": files})
         os.replace(work, path)

@@ -39,7 +39,7 @@ def response_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor | Sequence[int
     become U+FFFD. A SentencePiece decoder drops the space that opens a text; that space separates a response from its
     query, so it is kept. Raises TokenizerError for negative ids or a mask of another length.
     """
-    return _text_and_spans(tokenizer, ids, mask)[0]
+    return _text_and_spans(tokenizer, ids, mask, spans=False)[0]
 
 
 def response_texts(tokenizer: PreTrainedTokenizerBase, responses: Tensor, mask: Tensor) -> list[str]:
@@ -55,7 +55,7 @@ def token_spans(tokenizer: PreTrainedTokenizerBase, ids: Tensor | Sequence[int],
     return _text_and_spans(tokenizer, ids, mask)[1]
 
 
-def _text_and_spans(tokenizer, ids, mask) -> tuple[str, list[Span]]:
+def _text_and_spans(tokenizer, ids, mask, spans: bool = True) -> tuple[str, list[Span]]:
     ids = _as_list(ids)
     mask = [True] * len(ids) if mask is None else _as_list(mask)
     if len(mask) != len(ids):
@@ -66,7 +66,7 @@ def _text_and_spans(tokenizer, ids, mask) -> tuple[str, list[Span]]:
         raise TokenizerError("negative token id (a label's ignore_index?): pass token ids, or mask them out")
     pieces = _byte_pieces(tokenizer, ids)
     if pieces is None:
-        return _prefix_spans(tokenizer, ids, kept)
+        return _prefix_spans(tokenizer, ids, kept, spans)
     return _byte_spans([piece if keep else b"" for piece, keep in zip(pieces, kept)])
 
 
@@ -137,10 +137,11 @@ def _decode_utf8(data: bytes) -> tuple[str, list[int]]:
     return "".join(characters), [*character_of, len(characters)]
 
 
-def _prefix_spans(tokenizer, ids: Sequence[int], kept: Sequence[bool]) -> tuple[str, list[Span]]:
+def _prefix_spans(tokenizer, ids: Sequence[int], kept: Sequence[bool], spans_wanted: bool = True) -> tuple[str, list[Span]]:
     """Text and spans for any other tokenizer, from how far the text of each prefix of the ids agrees with the whole.
 
-    Quadratic in T. Right where a prefix decodes to a prefix of the text, give or take an unfinished last character;
+    Quadratic in T, unless the text alone is wanted. Right where a prefix decodes to a prefix of the text, give or take an
+    unfinished last character;
     among malformed bytes (byte fallback) the spans still cover the text in order but may be one character too wide.
     """
 
@@ -153,7 +154,7 @@ def _prefix_spans(tokenizer, ids: Sequence[int], kept: Sequence[bool]) -> tuple[
     before = decode(anchor)
     real = [token for token, keep in zip(ids, kept) if keep]
     text, prefix, boundary, spans = decode(anchor + real)[len(before) :], list(anchor), 0, []
-    for token, keep in zip(ids, kept):
+    for token, keep in zip(ids, kept) if spans_wanted else ():
         if not keep:
             spans.append((boundary, boundary))
             continue

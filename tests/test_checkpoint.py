@@ -486,3 +486,15 @@ def test_random_numbers_of_cuda_go_on_where_they_were():
     expected = torch.rand(3, device="cuda")
     checkpoint.set_rng_state(states)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_parts_of_one_tensor_are_written_without_a_copy_and_what_overlaps_with_one(tmp_path):
+    whole = torch.arange(12.0)
+    apart = {"first": whole[:4], "second": whole[4:].view(2, 4)}
+    distinct, aliases = checkpoint._distinct(apart)
+    assert not aliases and all(distinct[name].data_ptr() == apart[name].data_ptr() for name in apart)
+    overlapping = {"all": whole, "middle": whole[3:9], "end": whole[8:]}
+    for number, some in enumerate((apart, overlapping)):
+        save(tmp_path / f"{number:06d}", {"states": some}, {})
+        found = load(tmp_path / f"{number:06d}")[0]["states"]
+        assert all(torch.equal(found[name], some[name]) for name in some)

@@ -156,3 +156,19 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     for name in ("none.jsonl", "none.parquet"):
         with pytest.raises(DataError, match=name):
             data.load_comparisons(tmp_path / name)
+
+
+def test_any_json_text_is_one_line_also_with_a_mark_at_the_start(tmp_path):
+    path = tmp_path / "set.jsonl"
+    row = {"prompt": "The film", "chosen": " one\u2028two\x85three.", "rejected": " bad."}
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n\n", encoding="utf-8", newline="")
+    (comparison,) = data.load_comparisons(path)
+    assert comparison.responses == (row["chosen"], row["rejected"])
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", "-Infinity"])
+def test_a_score_that_is_no_number_is_refused(tmp_path, score):
+    path = tmp_path / "set.jsonl"
+    path.write_text(f'{{"prompt": "A", "chosen": " b.", "rejected": " c.", "score_chosen": {score}, "score_rejected": 1}}\n')
+    with pytest.raises(DataError, match="set.jsonl:1: scores must be finite"):
+        data.load_comparisons(path)

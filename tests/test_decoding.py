@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_models import gpt2, llama
 from test_rollouts import QUERIES, Ids, make_policy
-from transformers import DynamicCache
+from transformers import DynamicCache, FalconConfig, GPT2Config, GPTNeoConfig, LlamaConfig, MistralConfig
 
 from rlhf_nb_utils import decoding, rollouts
 from rlhf_nb_utils.config import RolloutsConfig
@@ -112,3 +112,27 @@ def test_a_roomy_cache_holds_what_the_librarys_own_holds():
                 assert torch.equal(ours, theirs)
         assert roomy.get_seq_length() == plain.get_seq_length()
     assert roomy.get_seq_length() == 7 and len(roomy.layers[0].keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "fixed"),
+    [
+        (GPT2Config(attn_implementation="sdpa"), True),
+        (LlamaConfig(attn_implementation="sdpa"), True),
+        (GPT2Config(attn_implementation="eager"), False),  # adds the mask to the scores, where True is 1
+        (GPTNeoConfig(attn_implementation="eager"), False),
+        (MistralConfig(attn_implementation="sdpa", sliding_window=6), False),  # a layer that keeps fewer tokens
+        (FalconConfig(attn_implementation="sdpa", alibi=True), False),  # counts positions by the mask
+    ],
+)
+def test_a_model_that_reads_the_mask_in_another_way_is_not_sampled_at_one_size(config, fixed):
+    assert decoding.can_be_fixed(config) == fixed
+
+
+def test_with_eager_attention_the_loop_of_one_size_would_be_wrong():
+    """Why `can_be_fixed` asks: padding would be attended to."""
+    policy = make_policy()
+    policy.lm.config._attn_implementation = "eager"
+    given = policy, *queries(), LENGTH, likeliest, Ids.eos_token_id, 31
+    one, other = decoding.shrinking(*given), decoding.fixed(*given)
+    assert (one.logprobs - other.logprobs).abs().max() > 0.1

@@ -237,3 +237,26 @@ def test_a_judge_without_a_positive_label_is_refused():
 
 def test_the_evaluator_is_another_kind_of_model():
     assert type(models.load_classifier("tiny-evaluator")) is not type(models.load_classifier("tiny-judge"))
+
+
+def test_values_are_fp32_under_autocast_too():
+    policy = Policy(gpt2())
+    torch.nn.init.normal_(policy.value_head.weight)
+    ids, mask = left_padded(QUERIES, RESPONSES, 4)
+    with torch.no_grad(), models.autocast(torch.device("cpu"), True):
+        _, values, _ = policy.evaluate(ids, mask, 3)
+    assert values.dtype == torch.float32 and (values != values.bfloat16().float()).any()
+
+
+def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "y")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import PretrainedConfig\n"
+    (tmp_path / "configuration_own.py").write_text(code + "class Own(PretrainedConfig):\n    model_type = 'own'\n")
+    auto = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "configuration_own.OwnForCausalLM"}
+    config = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(DATA / "models" / "tiny-gpt2" / "model.safetensors", tmp_path)
+    with pytest.raises(ModelError, match="a kind of model that transformers itself knows"):
+        models.load_policy(str(tmp_path))
+    assert not asked and not (tmp_path / "ran").exists()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -386,3 +387,31 @@ def test_on_a_device_the_numbers_are_those_of_the_host(dtype, stream, attached):
     assert max(((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs) <= 1e-5
     assert all(value.device.type == "cpu" for state in ours.state.values() for value in state.values())
     assert all(bucket.staging.is_pinned() for bucket in ours._buckets)
+
+
+def test_a_scheduler_that_steps_before_the_host_has_computed_changes_the_next_step_only(monkeypatch):
+    """`step` returns early; the rate of this step is what it was when it was called."""
+    moved, net, pause = {}, model(torch.bfloat16), threading.Event()
+    for attached in (False, True):
+        own = copy.deepcopy(net)
+        optimizer = CPUOffloadAdamW(own.parameters(), lr=0.1, weight_decay=0.0)
+        if attached:
+            optimizer.attach(own)
+            monkeypatch.setattr(optimizer, "_finish", lambda *a, do=optimizer._finish: (pause.wait(10), do(*a))[1])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step == 0))
+        feed(own, [torch.ones_like(p) for p in own.parameters()])
+        optimizer.step()
+        scheduler.step()
+        if attached:
+            pause.set()
+        optimizer.synchronize()
+        moved[attached] = [(p - q).abs().mean().item() for p, q in zip(own.parameters(), net.parameters())]
+    assert moved[True] == moved[False] and min(moved[True]) > 0.05
+
+
+def test_a_second_optimizer_over_the_same_weights_says_so():
+    net = model(torch.bfloat16)
+    both = [CPUOffloadAdamW(net.parameters(), stream_gradients=True) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="another CPUOffloadAdamW took this parameter's gradient"):
+        sum(p.sum() for p in net.parameters()).backward()
+    assert len(both) == 2

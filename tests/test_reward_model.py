@@ -163,6 +163,8 @@ def test_margins_are_four_grades_by_quartile_and_none_for_a_label_against_the_go
     cuts = torch.tensor([1.0, 2.0, 3.0])
     gaps = torch.tensor([-9.0, 0.0, 0.5, 1.0, 1.5, 2.5, 3.0, 50.0])
     torch.testing.assert_close(rm.margins(gaps, cuts), torch.tensor([0, 0, 0, 1, 1, 2, 3, 3]) / 3)
+    tied = torch.tensor([0.0, 0.0, 0.0, 2.0, -1.0])  # where many pairs tie, their quartiles are 0
+    torch.testing.assert_close(rm.margins(tied, torch.tensor([0.0, 0.0, 1.0])), torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0]))
 
 
 # --- pooling and forward

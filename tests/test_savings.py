@@ -14,6 +14,7 @@ from rlhf_nb_utils.evaluation import exact_kl_per_response
 from rlhf_nb_utils.models import ModelError, Policy, frozen_copy, lean
 from rlhf_nb_utils.offload import CPUOffloadAdamW
 from rlhf_nb_utils.reward_model import RewardModel
+from rlhf_nb_utils.rollouts import encode_queries, sample_many
 from rlhf_nb_utils.savings import at_work, park
 
 IDS, MASK = left_padded(QUERIES, RESPONSES, width=5)
@@ -320,3 +321,28 @@ def test_a_reward_model_that_recomputes_has_the_gradients_of_one_that_keeps():
         found.append([score.detach(), *(p.grad.clone() for p in model.parameters())])
     for plain, again in zip(*found):
         torch.testing.assert_close(again, plain, rtol=1e-6, atol=1e-8)
+
+
+def test_a_reference_samples_without_the_policys_adapters():
+    policy = lean(tiny_policy(), MemoryConfig(lora_rank=4))
+    reference = frozen_copy(policy)
+    for name, p in policy.lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    cfg = settings().rollouts
+    rollout = sample_many(reference, encode_queries(TOKENIZER, PROMPTS), cfg, TOKENIZER, seed=0)
+    given = rollout.input_ids, rollout.attention_mask, rollout.mask.shape[1], cfg.temperature
+    with torch.no_grad():
+        apart = {name: (rollout.logprobs - one.logprobs(*given))[rollout.mask].abs().max() for name, one in
+                 (("reference", reference), ("policy", policy))}  # fmt: skip
+    assert apart["reference"] < 1e-4 < 1e-2 < apart["policy"]
+
+
+def test_a_parked_reference_comes_once_for_all_rows_of_an_exact_kl(monkeypatch):
+    policy = tiny_policy()
+    reference, came = park(frozen_copy(policy), "cpu"), []
+    on = savings._on
+    monkeypatch.setattr(savings, "_on", lambda *args: came.append(1) or on(*args))
+    rollout = sample_many(policy, encode_queries(TOKENIZER, PROMPTS), settings().rollouts, TOKENIZER, seed=0)
+    exact_kl_per_response(policy, reference, rollout, rows=1)
+    assert len(came) == 1 < len(rollout.mask)

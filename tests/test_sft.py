@@ -6,6 +6,7 @@ from test_models import gpt2
 
 from rlhf_nb_utils import models, sft
 from rlhf_nb_utils.config import CourseError, SFTConfig, TrainingError
+from rlhf_nb_utils.rollouts import encode_queries
 
 DEMOS = [([0, 5, 6], [7, 8, 9, 0]), ([0, 4], [3, 0])]
 
@@ -123,3 +124,19 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(policy):
 def test_the_rate_warms_up_and_decays():
     factors = [sft.linear_warmup_decay(step, 10, 2) for step in range(10)]
     assert factors == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+
+
+def test_a_text_never_becomes_a_special_token():
+    tokenizer = models.load_tokenizer("tiny-gpt2")
+    marker = tokenizer.eos_token
+    query, response = sft.encode_demonstration(tokenizer, "A film", f" of{marker} note.", 96)
+    assert tokenizer.eos_token_id not in query[1:] + response[:-1] and response[-1] == tokenizer.eos_token_id
+    (ids,) = encode_queries(tokenizer, [f"A {marker} film"])
+    assert tokenizer.eos_token_id not in ids[1:] and tokenizer.decode(ids[1:]) == f"A {marker} film"
+
+
+def test_without_demonstrations_nothing_is_trained_or_measured(policy):
+    tokenizer = models.load_tokenizer("tiny-gpt2")
+    for call in (sft.train, sft.heldout_loss):
+        with pytest.raises(CourseError, match="no demonstrations"):
+            call(policy, tokenizer, [], SFTConfig())

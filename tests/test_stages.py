@@ -590,3 +590,26 @@ def test_code_hash_is_of_the_modules_that_python_loads(tmp_path):
             counted.add(path.stem)
         path.write_text(source, encoding="utf-8")
     assert counted == loaded and "kl" in counted and "plots" not in counted
+
+
+def test_a_stage_whose_folder_could_not_be_moved_is_found_after_its_resume(tmp_path, monkeypatch):
+    """A folder that somebody has open (Windows), or a kill just before the rename, leaves a finished record behind."""
+    isolate(monkeypatch, tmp_path)
+    cfg, made, replace = load_config("smoke"), [], os.replace
+
+    def make(folder):
+        made.append(1)
+        (folder / "model.bin").write_text("trained")
+        return {"value": 10 ** len(made)}  # a record of another size
+
+    def locked(source, target):
+        if Path(source).is_dir():
+            raise PermissionError(13, "in use by another process")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", locked)
+    with pytest.raises((OSError, CourseError)):
+        store.build(cfg, "ppo", make, resumes=True)
+    monkeypatch.setattr(os, "replace", replace)
+    store.build(cfg, "ppo", make, resumes=True)
+    assert store.find(cfg, "ppo") is not None and len(made) == 2
