@@ -67,6 +67,7 @@ LADDER: dict[str, dict] = {
     "16 M": LARGE,
     "16 M, half the rate": LARGE | {"ppo.learning_rate": 1e-4},
     "GPT-2's tokenizer": REAL_TOKENS,
+    "GPT-2's tokenizer, no entropy bonus": REAL_TOKENS | {"ppo.entropy_coef": 0.0},
 }
 GROUPS = {"ablations": ABLATIONS, "ladder": {name: {"models.autocast": True} | change for name, change in LADDER.items()}}
 
@@ -187,7 +188,9 @@ def load(name: str = "ablations") -> dict:
     try:
         return json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise AblationError(f"data/recorded/{name}.json is missing or damaged: `git checkout data/recorded`") from None
+        raise AblationError(
+            f"data/recorded/{name}.json is missing or damaged: `git checkout data/recorded`, or, never recorded yet, `course record`"
+        ) from None
 
 
 def shown(what: str) -> str:
