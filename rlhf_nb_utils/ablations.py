@@ -62,7 +62,6 @@ LADDER: dict[str, dict] = {
     "1 M": SMALL,
     "1 M, twice the rate": SMALL | {"ppo.learning_rate": 4e-4},
     "recipe": {},  # 4 M
-    "4 M, half the rate": {"ppo.learning_rate": 1e-4},
     "4 M, twice the rate": {"ppo.learning_rate": 4e-4},
     "16 M": LARGE,
     "16 M, half the rate": LARGE | {"ppo.learning_rate": 1e-4},

@@ -113,8 +113,7 @@ class ValueHead(nn.Linear):
     """Hidden states (..., d) -> (..., 1). Its weights are fp32 or better whatever the trunk's, and few."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.to(self.weight.dtype))
+        return super().forward(hidden.to(self.weight.dtype))
 
 
 class Policy(nn.Module):
