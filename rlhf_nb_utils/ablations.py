@@ -188,7 +188,7 @@ def load(name: str = "ablations") -> dict:
         return json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise AblationError(
-            f"data/recorded/{name}.json is missing or damaged: `git checkout data/recorded`, or, never recorded yet, `course record`"
+            f"data/recorded/{name}.json is missing or damaged: `git checkout data/recorded`; if never made, `course record`"
         ) from None
 
 
