@@ -56,6 +56,6 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; } >&2
 	@$(PY) -c '$(SUPPORTED)' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
-	@echo "Installing into $(VENV): on Linux more than 2.5 GB to download (CUDA comes with torch), some minutes the first time."
+	@echo "Installing into $(VENV): on Linux more than 2 GB to download (CUDA comes with torch), some minutes the first time."
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

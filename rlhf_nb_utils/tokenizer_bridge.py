@@ -11,7 +11,7 @@ tokens. Knows tokenizers and text. Does not know models, padding of the policy's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -66,7 +66,9 @@ def _text_and_spans(tokenizer, ids, mask, spans: bool = True) -> tuple[str, list
         raise TokenizerError("negative token id (a label's ignore_index?): pass token ids, or mask them out")
     pieces = _byte_pieces(tokenizer, ids)
     if pieces is None:
-        return _prefix_spans(tokenizer, ids, kept, spans)
+        if not spans:
+            return _continuing(tokenizer)([token for token, keep in zip(ids, kept) if keep]), []
+        return _prefix_spans(tokenizer, ids, kept)
     return _byte_spans([piece if keep else b"" for piece, keep in zip(pieces, kept)])
 
 
@@ -137,29 +139,31 @@ def _decode_utf8(data: bytes) -> tuple[str, list[int]]:
     return "".join(characters), [*character_of, len(characters)]
 
 
-def _prefix_spans(tokenizer, ids: Sequence[int], kept: Sequence[bool], spans_wanted: bool = True) -> tuple[str, list[Span]]:
+def _continuing(tokenizer) -> Callable[[Sequence[int]], str]:
+    """Decodes ids as what continues a text: behind one known token, or decoders of SentencePiece models take the space off."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    before = len(decode(anchor))
+    return lambda ids: decode([*anchor, *ids])[before:]
+
+
+def _prefix_spans(tokenizer, ids: Sequence[int], kept: Sequence[bool]) -> tuple[str, list[Span]]:
     """Text and spans for any other tokenizer, from how far the text of each prefix of the ids agrees with the whole.
 
-    Quadratic in T, unless the text alone is wanted. Right where a prefix decodes to a prefix of the text, give or take an
-    unfinished last character;
+    Quadratic in T. Right where a prefix decodes to a prefix of the text, give or take an unfinished last character;
     among malformed bytes (byte fallback) the spans still cover the text in order but may be one character too wide.
     """
-
-    def decode(some_ids: Sequence[int]) -> str:
-        return tokenizer.decode(list(some_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    # A response continues its query. Decoding it behind one known token keeps the space that decoders of
-    # SentencePiece models take off the front of a text.
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    before = decode(anchor)
-    real = [token for token, keep in zip(ids, kept) if keep]
-    text, prefix, boundary, spans = decode(anchor + real)[len(before) :], list(anchor), 0, []
-    for token, keep in zip(ids, kept) if spans_wanted else ():
+    decode = _continuing(tokenizer)
+    text, prefix, boundary, spans = decode([token for token, keep in zip(ids, kept) if keep]), [], 0, []
+    for token, keep in zip(ids, kept):
         if not keep:
             spans.append((boundary, boundary))
             continue
         prefix.append(token)
-        partial = decode(prefix)[len(before) :]
+        partial = decode(prefix)
         agreed = next((i for i, (c, d) in enumerate(zip(partial, text)) if c != d), min(len(partial), len(text)))
         start, boundary = boundary, max(boundary, agreed)
         # Text that later tokens will change is a character begun and not finished: this token has a part in it.

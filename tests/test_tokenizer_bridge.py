@@ -583,3 +583,15 @@ def test_encoding_does_not_change_the_tokenizer():
     before = tokenizer("a [SEP] b")["input_ids"]
     encode_pairs(tokenizer, ["a [SEP]"], [" b"], 8)
     assert tokenizer("a [SEP] b")["input_ids"] == before
+
+
+def test_a_text_alone_takes_one_decode_and_not_one_for_each_token(monkeypatch):
+    """The spans of a tokenizer that is not byte-level take T decodes of growing prefixes: too many for every rollout."""
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "models" / "tiny-bert")
+    ids = tokenizer("the film was far too long and i liked it", add_special_tokens=False)["input_ids"]
+    calls, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs))
+    text = response_text(tokenizer, ids)
+    assert len(calls) <= 2
+    token_spans(tokenizer, ids)
+    assert len(calls) > len(ids) and text.split() == ["the", "film", "was", "far", "too", "long", "and", "i", "liked", "it"]
