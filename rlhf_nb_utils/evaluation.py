@@ -246,17 +246,18 @@ def exact_kl_per_response(policy, reference, rollout, rows: int = 8) -> torch.Te
     """KL(policy ‖ reference) of each response in nats: over its real tokens, the exact KL over the vocabulary, summed.
 
     Temperature 1 whatever the sampling temperature. Returns (B,) float32 on the rollout's device. ``rows`` responses go
-    through both models at a time, which bounds the memory at ``rows`` × T × V logits of each.
+    through both models at a time, those of like length together, which bounds the memory at ``rows`` × T × V logits of each.
     """
-    length, parts = rollout.mask.shape[1], []
+    found = torch.zeros(len(rollout.mask), device=rollout.mask.device)
     # A parked reference comes once; one that is the policy without its adapters may be that for its own call only.
     shared = getattr(reference, "adapters_off", False)
     with contextlib.nullcontext() if shared else at_work(reference):
-        for start in range(0, len(rollout.mask), rows):
-            some = rollout[start : start + rows]
-            logits, ref_logits = (model(some.input_ids, some.attention_mask, length)[0] for model in (policy, reference))
-            parts.append(torch.where(some.mask, exact_kl(logits, ref_logits), 0.0).sum(1))
-    return torch.cat(parts)
+        for order in rollout.attention_mask.sum(1).argsort(stable=True).split(rows):
+            some = rollout[order].trimmed()
+            given = some.input_ids, some.attention_mask, some.mask.shape[1]
+            logits, ref_logits = (model(*given)[0] for model in (policy, reference))
+            found[order] = torch.where(some.mask, exact_kl(logits, ref_logits), 0.0).sum(1)
+    return found
 
 
 def response_statistics(rollout) -> dict[str, float]:

@@ -22,6 +22,7 @@ from rlhf_nb_utils.phases import BEFORE, MIB, PHASES, Sizes, traced
 
 CONTEXT = 900  # of CUDA, its libraries, and an allocator's fragments
 CARDS = (8, 12, 16, 24)  # GiB
+RESERVED = 1.0  # GiB of a card that a plan leaves alone: a desktop, and the holes between what is allocated
 LINES = (
     "context", "weights", "reference", "reward model", "optimizer", "gradients", "activations", "logits", "KV cache",
 )  # fmt: skip
@@ -64,8 +65,8 @@ class Plan:
         return max((*self.phases, *self.before), key=self.total)
 
     def fits(self, gib: float) -> bool:
-        """Whether a card of that size will do for all of them."""
-        return self.total(self.highest) <= 1024 * gib
+        """Whether a card of that size will do for all of them, with `RESERVED` to spare."""
+        return self.total(self.highest) <= 1024 * (gib - RESERVED)
 
     def table(self, measured: dict[str, float] | None = None) -> str:
         """The ledger, a column for each phase; with what `measure` found as a last line."""

@@ -21,10 +21,11 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
-from rlhf_nb_utils import hub, savings
+from rlhf_nb_utils import hub, packing, savings
 from rlhf_nb_utils.config import CourseError, MemoryConfig
 from rlhf_nb_utils.lm_head import head_logprobs
 from rlhf_nb_utils.ngrams import NGramLinear
+from rlhf_nb_utils.packing import Layout
 from rlhf_nb_utils.savings import at_work
 from rlhf_nb_utils.tensor_ops import logprobs_and_entropy, logprobs_from_logits
 
@@ -109,11 +110,21 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def _layout(input_ids, attention_mask, response_length: int) -> Layout:
+    if attention_mask is None:
+        return packing.full(*input_ids.shape, response_length, input_ids.device)
+    return packing.layout(attention_mask, response_length)
+
+
 class ValueHead(nn.Linear):
-    """Hidden states (..., d) -> (..., 1). Its weights are fp32 or better whatever the trunk's, and few."""
+    """Hidden states (..., d) -> (..., 1). Its weights are fp32 or better whatever the trunk's, and few.
+
+    So is what it says, under autocast too: in bf16 a value of 2 is known to a hundredth, which is all a TD error may be.
+    """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden.to(self.weight.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
 
 
 class Policy(nn.Module):
@@ -145,56 +156,63 @@ class Policy(nn.Module):
     def forward(self, input_ids, attention_mask, response_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, T, V) and values (B, T) of the states *before* each of the last T = ``response_length`` tokens.
 
-        The LM head runs on these positions only; ``input_ids`` and ``attention_mask`` are (B, Q + T), query on the left.
+        ``input_ids`` and ``attention_mask`` are (B, Q + T), query on the left; no mask means no padding, as everywhere here.
+        The LM head runs on the response alone. Where a response has ended, values are 0 and logits all the same.
         """
         with at_work(self):
-            hidden, values = self._states_and_values(input_ids, attention_mask, response_length)
-            return self.lm.get_output_embeddings()(hidden), values
+            places = _layout(input_ids, attention_mask, response_length)
+            hidden, values = self._states_and_values(input_ids, places)
+            return self.lm.get_output_embeddings()(places.spread(hidden)), places.spread(values)
 
     def evaluate(self, input_ids, attention_mask, response_length: int, temperature: float = 1.0, entropy_grad=False):
-        """Logprobs (B, T) of the response tokens, values (B, T) and entropy (B, T), all fp32.
+        """Logprobs (B, T) of the response tokens, values (B, T) and entropy (B, T), all fp32, and 0 off the mask.
 
         Entropy is a diagnostic unless ``entropy_grad``: then it carries a gradient, for the entropy bonus.
         """
         with at_work(self):
-            hidden, values = self._states_and_values(input_ids, attention_mask, response_length)
-            labels, head = input_ids[:, -response_length:], self.lm.get_output_embeddings()
+            places = _layout(input_ids, attention_mask, response_length)
+            hidden, values = self._states_and_values(input_ids, places)
+            labels, head = places.labels(input_ids), self.lm.get_output_embeddings()
             if self.chunked_head:
                 logprobs, entropy = head_logprobs(hidden, head.weight, labels, temperature)
             else:
                 logprobs, entropy = logprobs_and_entropy(tempered(head(hidden), temperature), labels)
-        return logprobs, values, entropy if entropy_grad else entropy.detach()
+        entropy = entropy if entropy_grad else entropy.detach()
+        return places.spread(logprobs), places.spread(values), places.spread(entropy)
 
     def logprobs(self, input_ids, attention_mask, response_length: int, temperature: float = 1.0) -> torch.Tensor:
-        """Logprobs (B, T) of the response tokens alone, fp32: what is asked of a reference."""
+        """Logprobs (B, T) of the response tokens alone, fp32, 0 off the mask: what is asked of a reference."""
         with at_work(self):
-            hidden = self._response_states(self.lm.base_model, input_ids, attention_mask, response_length)
-            labels, head = input_ids[:, -response_length:], self.lm.get_output_embeddings()
+            places = _layout(input_ids, attention_mask, response_length)
+            hidden = self._response_states(self.lm.base_model, input_ids, places)
+            labels, head = places.labels(input_ids), self.lm.get_output_embeddings()
             if self.chunked_head:
-                return head_logprobs(hidden, head.weight, labels, temperature)[0]
-            return logprobs_from_logits(tempered(head(hidden), temperature), labels)
+                found = head_logprobs(hidden, head.weight, labels, temperature)[0]
+            else:
+                found = logprobs_from_logits(tempered(head(hidden), temperature), labels)
+        return places.spread(found)
 
     def values(self, input_ids, attention_mask, response_length: int) -> torch.Tensor:
         """Values (B, T) alone: no LM head."""
         trunk = self.value_trunk if self.value_trunk is not None else self.lm.base_model
         with at_work(self):
-            hidden = self._response_states(trunk, input_ids, attention_mask, response_length)
-            return self.value_head(hidden).squeeze(-1).float()
+            places = _layout(input_ids, attention_mask, response_length)
+            hidden = self._response_states(trunk, input_ids, places)
+            return places.spread(self.value_head(hidden).squeeze(-1).float())
 
-    def _states_and_values(self, input_ids, attention_mask, response_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """States (B, T, d) for the LM head, and values (B, T) fp32 by the trunk that the critic has."""
-        hidden = of_critic = self._response_states(self.lm.base_model, input_ids, attention_mask, response_length)
+    def _states_and_values(self, input_ids, places: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (N, d) for the LM head, and values (N,) fp32 by the trunk that the critic has."""
+        hidden = of_critic = self._response_states(self.lm.base_model, input_ids, places)
         if self.value_trunk is not None:
-            of_critic = self._response_states(self.value_trunk, input_ids, attention_mask, response_length)
+            of_critic = self._response_states(self.value_trunk, input_ids, places)
         return hidden, self.value_head(of_critic).squeeze(-1).float()
 
-    def _response_states(self, trunk, input_ids, attention_mask, response_length: int) -> torch.Tensor:
-        # The last token predicts nothing that is scored: leave it out.
-        mask = attention_mask[:, :-1].long()
+    def _response_states(self, trunk, input_ids, places: Layout) -> torch.Tensor:
+        """States (N, d) before the real tokens of the responses."""
+        ids, mask = input_ids.gather(1, places.columns), places.attention.long()
         with savings.recomputing(layers_of(trunk) if self.checkpointed else ()):
-            out = trunk(input_ids=input_ids[:, :-1], attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-        # Contiguous, or the LM head would be one small product a row.
-        return out.last_hidden_state[:, -response_length:].contiguous()
+            out = trunk(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
+        return out.last_hidden_state.flatten(0, 1).index_select(0, places.states)
 
     def parameter_groups(self, learning_rate: float, critic_learning_rate: float) -> list[dict]:
         """Two groups for an optimizer: the language model, and the critic (head, and trunk if it has its own)."""

@@ -95,17 +95,16 @@ def _fill(cache, length: int) -> None:
             layer.keys, layer.values = (store[:, :, :length] for store in layer.stores)
 
 
-def _rows(sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, Q + T) of a micro-batch, and their mask."""
-    shape = sizes.part, sizes.query + sizes.response
-    return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+def _rows(sizes: Sizes) -> torch.Tensor:
+    """Token ids (B, Q + T) of a micro-batch without padding, the largest there can be."""
+    return torch.zeros(sizes.part, sizes.query + sizes.response, dtype=torch.int64)
 
 
 @torch.no_grad()
 def _reference(policy, timeline, cfg: Config, sizes: Sizes) -> None:
     with autocast(torch.device("cpu"), cfg.models.autocast):
         frozen = frozen_copy(policy) if cfg.memory.lora_rank else policy
-        frozen.logprobs(*_rows(sizes), sizes.response, cfg.rollouts.temperature)
+        frozen.logprobs(_rows(sizes), None, sizes.response, cfg.rollouts.temperature)
 
 
 @torch.no_grad()
@@ -115,14 +114,13 @@ def _score(model, timeline, cfg: Config, sizes: Sizes) -> None:
 
 
 def _update(policy, timeline, cfg: Config, sizes: Sizes) -> None:
-    ids, attention = _rows(sizes)
-    mask = attention[:, -sizes.response :]
-    kept = torch.zeros(mask.shape)
+    mask = torch.ones(sizes.part, sizes.response, dtype=torch.bool)
+    ids, kept = _rows(sizes), torch.zeros(mask.shape)
     for turn in range(sizes.traced_parts):
         timeline.once_more()
         with autocast(torch.device("cpu"), cfg.models.autocast):
             logprobs, values, entropy = policy.evaluate(
-                ids, attention, sizes.response, cfg.rollouts.temperature, entropy_grad=cfg.ppo.entropy_coef > 0
+                ids, None, sizes.response, cfg.rollouts.temperature, entropy_grad=cfg.ppo.entropy_coef > 0
             )
         loss, _ = ppo.policy_loss(logprobs, kept, kept, mask, cfg.ppo.cliprange, cfg.ppo.cliprange_high)
         loss = loss + cfg.ppo.vf_coef * ppo.value_loss(values, kept, kept, mask, cfg.ppo.cliprange_value)[0]
@@ -135,9 +133,9 @@ def _update(policy, timeline, cfg: Config, sizes: Sizes) -> None:
 def _fine_tune(policy, timeline, cfg: Config, sizes: Sizes) -> None:
     """A step of `sft.train` on demonstrations of the greatest length."""
     ids = torch.zeros(cfg.sft.batch_size, cfg.sft.max_length, dtype=torch.int64)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+    batch = {"input_ids": ids, "attention_mask": None, "mask": torch.ones_like(ids, dtype=torch.bool)[:, 1:]}
     with autocast(torch.device("cpu"), cfg.models.autocast):
-        loss = sft.sft_loss(policy, batch | {"mask": batch["attention_mask"][:, 1:]})
+        loss = sft.sft_loss(policy, batch)
     _stream(policy, cfg)
     loss.backward()
 
@@ -261,7 +259,8 @@ def _real(cfg: Config, sizes: Sizes, device: torch.device) -> dict[str, Callable
     with torch.device(device):
         policy = shapes.policy_of(shapes.config_of(cfg.models.policy), cfg)
         reference = frozen_copy(policy)
-        ids, attention = _rows(sizes)
+        ids = _rows(sizes)
+        attention = torch.ones_like(ids, dtype=torch.bool)
         texts = torch.zeros(sizes.scored, sizes.scored_tokens, dtype=torch.int64)
         numbers = torch.zeros(sizes.part * sizes.parts, sizes.response)
     trunk = shapes.config_of(cfg.models.reward_backbone if cfg.reward_model.backbone == "encoder" else cfg.models.policy)

@@ -49,7 +49,7 @@ class Batch:
 
     def parts(self, n: int) -> list[Batch]:
         """At most ``n`` parts of rows of similar length, each without the columns that are padding in all its rows."""
-        return [self[rows]._trimmed() for rows in self.mask.sum(1).argsort(stable=True).chunk(n)]
+        return [self[rows]._trimmed() for rows in self.attention_mask.sum(1).argsort(stable=True).chunk(n)]
 
     def _trimmed(self) -> Batch:
         queries, responses = self.input_ids.shape[1] - self.mask.shape[1], int(self.mask.sum(1).max())
@@ -228,7 +228,7 @@ def _ref_logprobs(reference: Policy, rollout: Rollout, parts: int, cfg: Config) 
     Rows of like length go together, without the columns that are padding in all of them.
     """
     out = torch.zeros_like(rollout.logprobs)
-    for rows in rollout.lengths.argsort(stable=True).chunk(parts):
+    for rows in rollout.attention_mask.sum(1).argsort(stable=True).chunk(parts):
         part = rollout[rows].trimmed()
         width, temperature = part.mask.shape[1], cfg.rollouts.temperature
         with autocast(part.mask.device, cfg.models.autocast):

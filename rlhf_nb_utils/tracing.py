@@ -32,7 +32,8 @@ KINDS = {
 class Timeline(MemTracker):
     """A MemTracker that keeps the highest snapshot between two marks, and tells logits from other activations.
 
-    ``head``: shape (V, d) of the LM head. Logits are whatever has V columns, but for the head's own gradient.
+    ``head``: shape (V, d) of the LM head. Logits are whatever is made with V columns. A view is not made: the head lies
+    transposed in its own product, and by its shape could not be told from the logits of d tokens.
     """
 
     def __init__(self, head: tuple[int, int] | None = None):
@@ -57,7 +58,7 @@ class Timeline(MemTracker):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         out = super().__torch_dispatch__(function, types, args, kwargs)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor) and self._is_logits(tensor):
+            if isinstance(tensor, torch.Tensor) and self._is_logits(function, tensor):
                 self._count(tensor)
         now = dict.fromkeys((*KINDS.values(), "logits", "KV cache"), 0.0)
         for place in self.get_tracker_snapshot("current").values():
@@ -70,10 +71,10 @@ class Timeline(MemTracker):
             self.highest[self.stretch] = now
         return out
 
-    def _is_logits(self, tensor: torch.Tensor) -> bool:
-        if self.head is None or not tensor.is_floating_point() or tensor.ndim not in (2, 3):
+    def _is_logits(self, function, tensor: torch.Tensor) -> bool:
+        if self.head is None or function.is_view or not tensor.is_floating_point():
             return False
-        return tensor.shape[-1] == self.head[0] and tuple(tensor.shape) != self.head[::-1]
+        return tensor.ndim in (2, 3) and tensor.shape[-1] == self.head[0]
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -239,6 +239,15 @@ def test_the_evaluator_is_another_kind_of_model():
     assert type(models.load_classifier("tiny-evaluator")) is not type(models.load_classifier("tiny-judge"))
 
 
+def test_values_are_fp32_under_autocast_too():
+    policy = Policy(gpt2())
+    torch.nn.init.normal_(policy.value_head.weight)
+    ids, mask = left_padded(QUERIES, RESPONSES, 4)
+    with torch.no_grad(), models.autocast(torch.device("cpu"), True):
+        _, values, _ = policy.evaluate(ids, mask, 3)
+    assert values.dtype == torch.float32 and (values != values.bfloat16().float()).any()
+
+
 def test_code_that_comes_with_a_model_is_never_run_nor_asked_about(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("builtins.input", lambda *args: asked.append(args) or "y")

@@ -242,8 +242,8 @@ def test_parts_hold_every_row_once_and_no_column_that_is_padding_alone():
     batch = ppo.Batch(ids, torch.cat([before, mask], 1), mask, *(torch.randn(4, 8, 6, generator=draw) * mask))
     parts = batch.parts(4)
     assert [len(part.mask) for part in parts] == [2, 2, 2, 2]
-    lengths = [part.mask.sum(1).tolist() for part in parts]
-    assert [n for part in lengths for n in part] == sorted(batch.mask.sum(1).tolist())
+    lengths = [part.attention_mask.sum(1).tolist() for part in parts]
+    assert [n for part in lengths for n in part] == sorted(batch.attention_mask.sum(1).tolist())
     for part in parts:
         width, queries = part.mask.shape[1], part.input_ids.shape[1] - part.mask.shape[1]
         assert part.mask.any(0).all() and part.attention_mask[:, :queries].any(0).all()
