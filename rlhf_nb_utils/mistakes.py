@@ -158,8 +158,8 @@ _ALL = (
     Mistake(
         "returns from whitened advantages",
         "Advantages are whitened first, and the returns are the whitened advantages plus the values.",
-        "`advantage_std` is 1 at every iteration, and `return` equals `value`: whitening has taken away the level and the scale "
-        "of the rewards before the critic could learn them, so `value` does not follow the score.",
+        "`advantage_std` is 1 and `value_loss` one half at every iteration, and `return` equals `value`: whitening has taken "
+        "away the level and the scale of the rewards before the critic could learn them. `explained_var` stays low.",
         "Form the returns from the raw advantages; whiten afterwards, for the policy loss alone.",
         ((ppo, "gae", _whiten_first),),
     ),
@@ -183,7 +183,7 @@ _ALL = (
         "no KL penalty",
         "Nothing holds the policy near the reference: β is 0.",
         "`kl` climbs without coming to rest, far above the healthy run's, at a score that is at least as high; `reward` is the "
-        "score alone. The samples read more and more alike: what the reward model likes, not what the annotator means.",
+        "score alone. The samples fall apart into words that the reward model likes, and that the annotator likes too.",
         "Set `ppo.kl_coef` to the β at which KL and score come to rest together.",
         settings=lambda ppo: {"kl_coef": 0.0},
     ),
