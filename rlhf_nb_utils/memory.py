@@ -22,7 +22,7 @@ from rlhf_nb_utils.phases import BEFORE, MIB, PHASES, Sizes, traced
 
 CONTEXT = 900  # of CUDA, its libraries, and an allocator's fragments
 CARDS = (8, 12, 16, 24)  # GiB
-RESERVED = 1.0  # GiB of a card that a plan leaves alone: a desktop, and the holes between what is allocated
+RESERVED = 0.5  # GiB of a card that a plan leaves alone: a desktop, and the holes between what is allocated
 LINES = (
     "context", "weights", "reference", "reward model", "optimizer", "gradients", "activations", "logits", "KV cache",
 )  # fmt: skip
@@ -246,7 +246,7 @@ def report(cfg: Config, query: int | None = None, measured: dict[str, float] | N
         text = " ".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values)
         size = f"{found.total(found.highest) / 1024:.1f} GiB"
         if not found.fits(card):
-            lines.append(f"{card:>3} GB: does not fit, even with --set {text} ({size})")
+            lines.append(f"{card:>3} GB: does not fit, {f'even with --set {text}' if text else 'and no switch helps'} ({size})")
         else:
             lines.append(f"{card:>3} GB: " + (f"--set {text} ({size}: {'; '.join(p for _, p in turned)})" if turned else "fits"))
     return "\n".join([rungs[0][1].table(measured), "", *lines])
