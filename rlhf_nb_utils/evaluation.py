@@ -256,7 +256,7 @@ def exact_kl_per_response(policy, reference, rollout, rows: int = 8) -> torch.Te
             some = rollout[order].trimmed()
             given = some.input_ids, some.attention_mask, some.mask.shape[1]
             logits, ref_logits = (model(*given)[0] for model in (policy, reference))
-            found[order] = torch.where(some.mask, exact_kl(logits, ref_logits), 0.0).sum(1)
+            found[order] = torch.where(some.mask, exact_kl(logits, ref_logits), 0.0).sum(1).float()
     return found
 
 

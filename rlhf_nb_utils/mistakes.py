@@ -135,15 +135,16 @@ _ALL = (
         "score in the last column",
         "The score is added to the last column of the batch, not to each row's last real token.",
         "Only the longest responses of a batch reach that column, the others earn nothing: at the first iteration "
-        "`advantage_std` and `value_loss` are a fraction of the healthy run's, and the score hardly rises afterwards.",
+        "`advantage_std` and `value_loss` are a fraction of the healthy run's. Later the score does not rise, and "
+        "`explained_var` stays near 0.",
         "Find each row's last real token from the mask: `gae.last_token_index`.",
         ((ppo, "token_rewards", _score_in_last_column),),
     ),
     Mistake(
         "score on every token",
         "The score of a response is added to each of its tokens, by broadcasting (B, 1) over (B, T).",
-        "Returns count the score once per remaining token: `advantage_std` is many times the healthy run's from the first "
-        "iteration, `value_loss` and `grad_norm` with it. Above a score of 0 longer responses earn more, whatever they say.",
+        "Returns count the score once per remaining token: from the first iteration `advantage_std` and `value_loss` are many "
+        "times the healthy run's. Above a score of 0 longer responses earn more: `length` runs to the limit, `eos_rate` falls.",
         "A response is scored once: on its last real token, zero elsewhere.",
         ((ppo, "token_rewards", _score_on_every_token),),
     ),
@@ -151,7 +152,7 @@ _ALL = (
         "EOS lost to padding",
         "The mask is `ids != pad`, and pad is EOS: the real EOS is taken for padding.",
         "`eos_rate` reads 0 from the first iteration, though `length` is far below the limit and the samples come to an end; "
-        "every response pays the missing-EOS penalty, so `reward` lies one below the healthy run's.",
+        "every response pays the missing-EOS penalty, so `reward` starts one below the healthy run's.",
         "Build masks from lengths, or while sampling; never from the pad id.",
         ((ppo, "sample_many", _lose_eos),),
     ),
@@ -166,32 +167,32 @@ _ALL = (
     Mistake(
         "top-k sampling",
         f"Responses are sampled from the {TOP_K} likeliest tokens, while logprobs are of the full vocabulary.",
-        "`kl` falls below 0 and stays there, which a mean of k1 cannot do under its own policy, while `kl_k3` grows; `entropy` "
-        "climbs, for the tail is never sampled, so nothing pushes it down. The samples still read well: they too avoid the tail.",
+        "`kl` first wavers about 0, then stays below it, which a mean of k1 cannot do under its own policy, while `kl_k3` "
+        "grows far larger; `entropy` climbs: the tail is never sampled, so no advantage of its own pushes it down.",
         "Sample with top_k 0 and top_p 1 in training; mind that some generation defaults are others.",
         ((rollouts, "filter_logits", _ten_likeliest),),
     ),
     Mistake(
         "KL sign inverted",
         "The k1 estimate is log π_ref − log π: the penalty is a bonus.",
-        "`kl` falls below 0 and goes on falling, `kl_k3` explodes, and `reward` rises above the score: leaving the reference "
-        "is paid. The text breaks.",
+        "`kl` falls below 0 and goes on falling, `kl_k3` rises about as far above it, and `reward` rises above the score: "
+        "leaving the reference is paid. The text breaks.",
         "k1 is log π − log π_ref of tokens drawn from π; its mean over a batch should not stay below 0.",
         ((ppo, "k1", _k1_inverted),),
     ),
     Mistake(
         "no KL penalty",
         "Nothing holds the policy near the reference: β is 0.",
-        "`kl` climbs without coming to rest, far above the healthy run's, at a score that is at least as high; `reward` is the "
-        "score alone. The samples fall apart into words that the reward model likes, and that the annotator likes too.",
+        "`kl` climbs to more than twenty times the healthy run's before it levels off, at a score that ends about twice as "
+        "high; no KL is taken off `reward`. The samples fall apart into words that reward model and annotator like.",
         "Set `ppo.kl_coef` to the β at which KL and score come to rest together.",
         settings=lambda ppo: {"kl_coef": 0.0},
     ),
     Mistake(
         "rate ten times too high",
-        "The policy's learning rate is ten times what it can bear.",
+        "The policy's learning rate is ten times the recipe's, more than it can bear.",
         "`approxkl` and `clipfrac` are many times the healthy run's, `ratio` strays from 1, and `kl` leaps in the first few "
-        "iterations: one update leaves the region where its own samples say anything.",
+        "iterations: the updates on one batch leave the region where its samples say anything. `length` then shrinks.",
         "Lower `ppo.learning_rate` until `clipfrac` is about 0.1 or less; `ppo.target_kl` stops an epoch that goes too far.",
         settings=lambda ppo: {"learning_rate": RATE_FACTOR * ppo.learning_rate},
     ),
@@ -221,9 +222,9 @@ _ALL = (
     ),
     Mistake(
         "labels swapped",
-        "Chosen and rejected were swapped when the reward model was trained.",
-        "No curve gives it away: the score climbs as it should, at an ordinary KL. Only the samples do: they become what the "
-        "annotators like least.",
+        "Chosen and rejected were swapped when the reward model was trained (recorded with minus its score, which they teach).",
+        "No curve taken alone gives it away: the score climbs, at an ordinary KL. Beside a run with right labels, the first "
+        "score has the opposite sign. The samples show it: they become what the annotator dislikes.",
         "Read samples, and score a few by hand or by an evaluator that gave no reward, before you believe a curve.",
         ((ppo, "scores_of", _negated_scores),),
     ),

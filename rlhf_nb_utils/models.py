@@ -157,7 +157,7 @@ class Policy(nn.Module):
         """Logits (B, T, V) and values (B, T) of the states *before* each of the last T = ``response_length`` tokens.
 
         ``input_ids`` and ``attention_mask`` are (B, Q + T), query on the left; no mask means no padding, as everywhere here.
-        The LM head runs on the response alone. Where a response has ended, values are 0 and logits all the same.
+        The LM head runs on the response alone. Where a response has ended, values are 0, and logits those of a zero state.
         """
         with at_work(self):
             places = _layout(input_ids, attention_mask, response_length)

@@ -40,12 +40,14 @@ class Layout(NamedTuple):
 def layout(attention_mask: Tensor, response_length: int) -> Layout:
     """For rows (B, Q + T) of which the last T = ``response_length`` columns are the response: the states *before* its tokens.
 
-    attention_mask: (B, Q + T), nonzero where a token is real; the first real one of each row belongs to its query.
+    attention_mask: (B, Q + T), nonzero where a token is real. A wrong one, too, gives what it asks for.
     """
     (rows, width), real = attention_mask.shape, attention_mask.bool()
     count = torch.arange(width, device=real.device)
     # A row's last token predicts nothing that is scored.
     first, last = real.int().argmax(1, keepdim=True), (real * count).amax(1, keepdim=True)
+    # The state before the first response token has its place, even where a mask hides the whole query.
+    first = first.clamp(max=width - 1 - response_length)
     widest = int((last - first).max())
     columns = first + count[:widest]
     attention = (columns < last) & real.gather(1, columns.clamp(max=width - 1))

@@ -5,7 +5,7 @@ import torch
 from test_models import gpt2, llama
 
 from rlhf_nb_utils import packing
-from rlhf_nb_utils.models import Policy
+from rlhf_nb_utils.models import Policy, position_ids
 
 QUERIES, RESPONSES = [1, 4, 2, 3], [5, 1, 3, 2]  # real tokens of rows in columns of 4 + 6
 
@@ -25,7 +25,9 @@ def test_rows_begin_at_their_first_real_token_and_end_with_the_longest():
         assert got.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("mask", [mask_of(QUERIES, RESPONSES), mask_of([4], [6]), mask_of([1, 1], [6, 1])])
+@pytest.mark.parametrize(
+    "mask", [mask_of(QUERIES, RESPONSES), mask_of([4], [6]), mask_of([1, 1], [6, 1]), mask_of([0, 4, 0], [3, 2, 6])]
+)
 def test_states_stand_before_the_tokens_they_predict(mask):
     ids = torch.arange(mask.numel()).view(mask.shape)  # every token its own name
     places = packing.layout(mask, 6)
@@ -75,3 +77,17 @@ def test_a_policy_says_of_padded_rows_what_it_says_of_each_alone(build, chunked)
         plain = policy.lm(alone).logits[0, queries - 1 : -1].float() / 0.7
         expected = plain.log_softmax(-1).gather(1, alone[0, queries:, None]).squeeze(1)
         torch.testing.assert_close(table[0][row, :responses], expected, atol=1e-5, rtol=0)
+
+
+def test_a_mask_that_hides_the_query_still_means_what_it_says():
+    """A mistake the course shows: the response mask, made as a view, has emptied the attention mask's query."""
+    torch.manual_seed(0)
+    policy, ids = Policy(gpt2()), torch.randint(0, 9, (3, 10))
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    mask[0, :4] = mask[1, :6] = mask[2, :2] = mask[2, 8:] = False
+    seen = mask[:, :-1].long()
+    with torch.no_grad():
+        states = policy.lm.base_model(input_ids=ids[:, :-1], attention_mask=seen, position_ids=position_ids(seen))
+        logits = policy.lm.lm_head(states.last_hidden_state[:, -6:])
+        expected = logits.log_softmax(-1).gather(-1, ids[:, -6:, None]).squeeze(-1)
+        torch.testing.assert_close(policy.logprobs(ids, mask, 6), expected * mask[:, -6:], atol=1e-5, rtol=0)
