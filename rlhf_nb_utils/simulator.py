@@ -1,6 +1,7 @@
 """The whole pipeline as a player of recorded runs: fine-tuning, preferences, reward model, PPO step by step.
 
-`record` runs a grid of settings once, each at its very number of PPO steps, and keeps curves and sample texts;
+`record` keeps curves and sample texts of a grid of settings, each at its very number of PPO steps (the beginning of a longer
+run where that is the same run, number by number);
 `Simulation` walks through them, a state machine without a model; `players` shows it. Nothing is interpolated: what was not
 recorded cannot be chosen. Knows the stages and PPO; no formula stands here. Like other recordings, only those of the
 embedded reviews may be kept, for they hold samples.
