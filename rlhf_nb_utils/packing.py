@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Indices, all int64: rows (B, W) for a trunk, and of its states the N that a head is asked about.
+    """Rows (B, W) for a trunk, and of its states the N that a head is asked about.
 
-    columns: (B, W), the columns of the input, each row's real tokens first. attention: (B, W) bool, which of them are real.
-    states: (N,), into the flattened (B, W); tokens: (N,), into the flattened (B, T): where the results go.
+    columns: (B, W) int64, the columns of the input, each row's real tokens first. attention: (B, W) bool, which are real.
+    states: (N,) int64, into the flattened (B, W). tokens: (N,) int64, into the flattened (B, T): where the results go.
     """
 
     columns: Tensor
