@@ -116,6 +116,7 @@ def execute(path: Path, target: Path, parameters: dict[str, Any] | None, kernel:
     shown = {"desc": label, "leave": False} if sys.stderr.isatty() else False
     options = {"kernel_name": kernel, "language": "python", "cwd": str(path.parent), "coalesce_streams": True}
     options["extra_arguments"] = ["--IPKernelApp.log_level=50"]  # else each kernel warns that its loopback is unencrypted
+    options["shutdown_kernel"] = "immediate"  # every file is whole by then, and a kernel takes two seconds to leave in peace
     source, result = (str(p).replace("{", "{{").replace("}", "}}") for p in (path, target))  # papermill formats paths
     try:
         papermill.execute_notebook(source, result, parameters, progress_bar=shown, **options)
