@@ -11,7 +11,7 @@ import ipywidgets
 import numpy as np
 
 from rlhf_nb_utils import plots, simulator, widgets
-from rlhf_nb_utils.clinic import QUESTIONS, Case, Clinic
+from rlhf_nb_utils.clinic import QUESTIONS, Answer, Case, Clinic
 from rlhf_nb_utils.config import CourseError
 from rlhf_nb_utils.simulator import Simulation
 
@@ -38,8 +38,10 @@ def draw(simulation: Simulation, whole: bool = False) -> plots.Figure:
         ax.autoscale_view()
         ax.set(xlabel="PPO step", ylabel=plots.LABELS[simulator.CURVES[name]], xlim=(0.5, point.steps + 0.5))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].set_title(f"β = {point.beta:g}, noise {point.noise:g}")
-    axes[1].set_title("pale: other β and noise" if alike else "", color=plots.GREY)  # a legend would hide curves
+        ax.yaxis.get_major_locator().set_params(nbins=5)  # a tick costs as much as a curve
+    # y, for the same reason: without it every label is measured to find a place for the title.
+    axes[0].set_title(f"β = {point.beta:g}, noise {point.noise:g}", y=1.0)
+    axes[1].set_title("pale: other β and noise" if alike else "", color=plots.GREY, y=1.0)  # a legend would hide curves
     return figure
 
 
@@ -94,7 +96,9 @@ class Player(widgets.Interactive):
             self._show()
 
     def _show(self) -> None:
-        self.panel.value, self.image.value = _panel(self.simulation), widgets.png(draw(self.simulation))
+        self.panel.value = _panel(self.simulation)
+        with widgets.fleeting():
+            self.image.value = widgets.png(draw(self.simulation))
 
 
 def _sliders(simulation: Simulation) -> dict[str, ipywidgets.Widget]:
@@ -142,11 +146,9 @@ def player(recording: dict) -> Player:
 # --- the clinic -------------------------------------------------------------------------------------------------------
 
 
-def draw_case(case: Case) -> plots.Figure:
-    """Every curve asked of a case so far, a panel each: the sick run, and the healthy one in grey. Nothing is asked here."""
-    # Asked before: not counted again.
-    answers = {question: case.ask(question) for question in case.asked if question != "samples"}
-    return plots.plot_beside({q: a.sick for q, a in answers.items()}, {q: a.healthy for q, a in answers.items()})
+def draw_answer(answer: Answer) -> plots.Figure:
+    """The curve that was asked for: the sick run, and the healthy one in grey."""
+    return plots.plot_beside({answer.question: answer.sick}, {answer.question: answer.healthy})
 
 
 class Desk(widgets.Interactive):
@@ -159,9 +161,10 @@ class Desk(widgets.Interactive):
         self.question = ipywidgets.Dropdown(options=list(QUESTIONS), description="ask for", **LOOK)
         self.diagnosis = ipywidgets.Dropdown(options=clinic.names, description="diagnosis", **LOOK)
         self.ask, self.diagnose, self.give_up = (ipywidgets.Button(description=n) for n in ("Ask", "Diagnose", "Give up"))
-        self.said, self.texts, self.image = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.Image(format="png")
+        self.said, self.texts = ipywidgets.HTML(), ipywidgets.HTML()
+        self.curves, self._drawn = ipywidgets.HBox(layout={"flex_flow": "row wrap"}), {}
         rows = [(self.question, self.ask), (self.diagnosis, self.diagnose, self.give_up)]
-        super().__init__([self.case, *map(ipywidgets.HBox, rows), self.said, self.image, self.texts])
+        super().__init__([self.case, *map(ipywidgets.HBox, rows), self.said, self.curves, self.texts])
         self.names = ["case", "ask for", "diagnosis", "Ask", "Diagnose", "Give up"]
         self.case.observe(lambda _: self._show(), names="value")
         self.ask.on_click(lambda _: self._show(str(self.present.ask(self.question.value)).splitlines()[0]))
@@ -185,9 +188,15 @@ class Desk(widgets.Interactive):
         lines = [f"<b>{widgets.safe_html(state)}; all cases {self.clinic.points}</b>", widgets.safe_html(said)]
         self.said.value = f'<div style="{widgets.BOX};padding:4px 10px">{"<br>".join(lines)}</div>'
         self.texts.value = widgets.safe_html(str(case.ask("samples"))) if "samples" in case.asked else ""
-        drawn = any(question != "samples" for question in case.asked)
-        self.image.layout.display = "" if drawn else "none"
-        self.image.value = widgets.png(draw_case(case)) if drawn else b""
+        self.curves.children = [self._curve(case, question) for question in case.asked if question != "samples"]
+
+    def _curve(self, case: Case, question: str) -> ipywidgets.Image:
+        """The answer as a picture, drawn once: with every curve of a case to draw anew, a click would take a second."""
+        key = case.label, question
+        if key not in self._drawn:
+            with widgets.fleeting():
+                self._drawn[key] = ipywidgets.Image(value=widgets.png(draw_answer(case.ask(question))), format="png")
+        return self._drawn[key]
 
 
 def desk(recording: dict, seed: int = 0) -> Desk:

@@ -7,6 +7,7 @@ Knows nothing of models or training. A callback here takes whatever a trainer pa
 
 from __future__ import annotations
 
+import gc
 import html
 import io
 import math
@@ -16,7 +17,8 @@ import time
 import types
 import typing
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ipywidgets
@@ -257,7 +259,8 @@ def interactive(plot_fn: Callable, **arguments) -> Interactive:
     def redraw(_change=None) -> None:
         values = {name: _value(turned[name]) if name in turned else value for name, value in arguments.items()}
         try:
-            image.value, message.value = png(plot_fn(**values)), ""
+            with fleeting():
+                image.value, message.value = png(plot_fn(**values)), ""
         except CourseError as error:
             message.value = f'<span style="color:#b00020">{safe_html(str(error))}</span>'
 
@@ -267,6 +270,20 @@ def interactive(plot_fn: Callable, **arguments) -> Interactive:
     box = Interactive([*turned.values(), message, image])
     box.names, box.redraw = list(turned), redraw
     return box
+
+
+@contextmanager
+def fleeting() -> Iterator[None]:
+    """What is made inside goes at the end, its cycles too. A figure is full of them; those that grow old would be looked for
+    among all the objects of torch and transformers, which stops every fifteenth handler for 400 ms."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if enabled:
+            gc.enable()
 
 
 def png(figure) -> bytes:

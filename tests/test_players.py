@@ -94,11 +94,12 @@ def test_a_run_plays_by_itself_until_reset(recording, monkeypatch):
 
 def test_the_desk_shows_what_was_asked_and_closes_a_case():
     desk = players.desk(sick_runs())
-    assert desk.present.label == "A" and desk.image.value == b"" and "0 asked, 10 points" in desk.said.value
+    assert desk.present.label == "A" and desk.curves.children == () and "0 asked, 10 points" in desk.said.value
     for question in ("kl", "samples"):
         desk.question.value = question
         desk.ask.click()
-    assert desk.image.value[:8] == b"\x89PNG\r\n\x1a\n" and "&lt;i&gt;" in desk.texts.value and "2 asked" in desk.said.value
+    (curve,) = desk.curves.children
+    assert curve.value[:8] == b"\x89PNG\r\n\x1a\n" and "&lt;i&gt;" in desk.texts.value and "2 asked" in desk.said.value
     wrong = next(name for name in desk.clinic.names if name != desk.present._name)
     desk.diagnosis.value = wrong
     desk.diagnose.click()
@@ -109,15 +110,15 @@ def test_the_desk_shows_what_was_asked_and_closes_a_case():
     desk.give_up.click()
     assert "is closed" in desk.said.value  # one line, and nothing changes
     desk.case.value = "B"
-    assert "0 asked" in desk.said.value and desk.texts.value == ""
+    assert "0 asked" in desk.said.value and desk.texts.value == "" and desk.curves.children == ()
+    desk.case.value = "A"
+    assert desk.curves.children == (curve,)  # not drawn again
 
 
 def test_a_case_is_drawn_beside_the_healthy_run_with_a_gap_where_the_log_has_one():
     clinic = Clinic(sick_runs())
     case = next(case for case in clinic.cases if case._name == "no KL penalty")
-    for question in ("kl", "entropy", "samples"):
-        case.ask(question)
-    axes = players.draw_case(case).axes
-    assert [ax.get_title(loc="left").split()[0] for ax in axes] == ["KL", "entropy,"] and len(case.asked) == 3
-    healthy, sick = (line.get_ydata() for line in axes[0].lines)
+    (ax,) = players.draw_answer(case.ask("kl")).axes
+    assert ax.get_title(loc="left").split()[0] == "KL" and len(case.asked) == 1
+    healthy, sick = (line.get_ydata() for line in ax.lines)
     assert list(healthy) == [0, 1, 2] and list(sick[:2]) == [1, 2] and np.isnan(sick[2])

@@ -1,5 +1,7 @@
 """Widgets: hostile text is harmless, controls respect the config's bounds, headless output is plain."""
 
+import gc
+import weakref
 from html.parser import HTMLParser
 
 import ipywidgets
@@ -192,6 +194,24 @@ def test_headless_a_widget_is_one_line_of_text(monkeypatch):
     assert box._repr_mimebundle_() == {"text/plain": "Run this cell in JupyterLab to turn: lam"}
     monkeypatch.setattr(widgets, "in_browser", lambda: True)
     assert "application/vnd.jupyter.widget-view+json" in box._repr_mimebundle_()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_figure_goes_with_its_cycles_and_the_collector_is_left_as_it_was(enabled):
+    class Cycle:
+        pass
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with widgets.fleeting():
+            one = Cycle()
+            one.itself = one
+            gone = weakref.ref(one)
+            del one
+            assert not gc.isenabled() and gone() is not None
+        assert gone() is None and gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_a_kernel_without_a_notebook_server_is_headless(monkeypatch):
