@@ -262,7 +262,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
             stream = self._streams[p.device]
             stream.wait_stream(torch.cuda.current_stream(p.device))
             with torch.cuda.stream(stream):
-                self._squares[id(p)] = torch.linalg.vector_norm(grad, dtype=torch.float32).square()  # no fp32 copy
+                self._squares[id(p)] = _square(grad)
                 here.copy_(grad, non_blocking=True)
             grad.record_stream(stream)  # its memory is not free before it has been copied
         else:
@@ -289,17 +289,17 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
 
     def _clip(self) -> Tensor | None:
         """What all gradients are divided by, fp32 scalar: norm / max_grad_norm; None where that is at most 1."""
-        squares = [p.grad.square().sum() for _, p in self._own()]
+        squares = [_square(p.grad) for _, p in self._own()]
         for bucket in self._buckets:
             if bucket.sums is not None:
-                squares.append(bucket.sums.square().sum())
+                squares.append(_square(bucket.sums))
                 continue
             for p in (p for p in bucket.params if id(p) in bucket.arrived):
                 square = self._squares.get(id(p))
-                squares.append(bucket.view(bucket.staging, p).float().square().sum() if square is None else square)
+                squares.append(_square(bucket.view(bucket.staging, p)) if square is None else square)
         places: dict[torch.device, list[Tensor]] = {}
         for square in squares:
-            places.setdefault(square.device, []).append(square.double())
+            places.setdefault(square.device, []).append(square)
         self.grad_norm = math.sqrt(sum(torch.stack(some).sum().item() for some in places.values()))  # a wait for each device
         if not math.isfinite(self.grad_norm):
             raise FloatingPointError(f"gradient norm {self.grad_norm}: no weight was changed")
@@ -357,6 +357,11 @@ def _wait_for(optimizer: CPUOffloadAdamW | None, buckets: list[_Bucket]) -> None
             future.result()
             if bucket.done is not None:
                 torch.cuda.current_stream(bucket.params[0].device).wait_event(bucket.done)
+
+
+def _square(grad: Tensor) -> Tensor:
+    """Sum of squares: fp64 scalar, where the gradient lies. In one pass that writes nothing, as ``clip_grad_norm_`` has it."""
+    return torch.linalg.vector_norm(grad, dtype=torch.float32).double().square()
 
 
 def _which(grad: Tensor) -> tuple[int, int]:
