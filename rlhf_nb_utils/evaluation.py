@@ -28,6 +28,7 @@ from scipy.special import expit, gammaln
 from rlhf_nb_utils import rollouts, tokenizer_bridge
 from rlhf_nb_utils.config import Config, CourseError
 from rlhf_nb_utils.kl import exact_kl
+from rlhf_nb_utils.packing import by_length
 from rlhf_nb_utils.savings import at_work
 
 Scorer = Callable[[list[str], list[str]], Sequence[float]]
@@ -252,7 +253,7 @@ def exact_kl_per_response(policy, reference, rollout, rows: int = 8) -> torch.Te
     # A parked reference comes once; one that is the policy without its adapters may be that for its own call only.
     shared = getattr(reference, "adapters_off", False)
     with contextlib.nullcontext() if shared else at_work(reference):
-        for order in rollout.attention_mask.sum(1).argsort(stable=True).split(rows):
+        for order in by_length(rollout.attention_mask).split(rows):
             some = rollout[order].trimmed()
             given = some.input_ids, some.attention_mask, some.mask.shape[1]
             logits, ref_logits = (model(*given)[0] for model in (policy, reference))

@@ -37,6 +37,11 @@ class Layout(NamedTuple):
         return out.view(rows, length, *found.shape[1:])
 
 
+def by_length(attention_mask: Tensor) -> Tensor:
+    """Row numbers (B,) int64 of masks (B, L), those with the fewest real tokens first, equal ones in their order."""
+    return attention_mask.sum(1).argsort(stable=True)
+
+
 def layout(attention_mask: Tensor, response_length: int) -> Layout:
     """For rows (B, Q + T) of which the last T = ``response_length`` columns are the response: the states *before* its tokens.
 

@@ -22,6 +22,7 @@ from rlhf_nb_utils.config import Config, CourseError, PPOConfig, TrainingError
 from rlhf_nb_utils.gae import gae, token_rewards
 from rlhf_nb_utils.kl import AdaptiveKL, FixedKL, k1, k3
 from rlhf_nb_utils.models import Policy, autocast
+from rlhf_nb_utils.packing import by_length
 from rlhf_nb_utils.rollouts import Rollout, encode_queries, sample_many
 from rlhf_nb_utils.savings import accumulating, at_work, clipped_step, make_optimizer
 from rlhf_nb_utils.tensor_ops import masked_mean, masked_var, whiten
@@ -48,14 +49,8 @@ class Batch:
         return Batch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
 
     def parts(self, n: int) -> list[Batch]:
-        """At most ``n`` parts of rows of similar length, each without the columns that are padding in all its rows."""
-        return [self[rows]._trimmed() for rows in self.attention_mask.sum(1).argsort(stable=True).chunk(n)]
-
-    def _trimmed(self) -> Batch:
-        queries, responses = self.input_ids.shape[1] - self.mask.shape[1], int(self.mask.sum(1).max())
-        start, end = queries - int(self.attention_mask[:, :queries].sum(1).max()), queries + responses
-        both = [x[:, start:end] for x in (self.input_ids, self.attention_mask)]
-        return Batch(*both, *(getattr(self, f.name)[:, :responses] for f in dataclasses.fields(self)[2:]))
+        """At most ``n`` parts of rows of similar length: what is padding in all rows of a part is not computed."""
+        return [self[rows] for rows in by_length(self.attention_mask).chunk(n)]
 
 
 @dataclass
@@ -223,16 +218,13 @@ def make_batch(state: TrainState, reward_fn: RewardFn, queries: list[str], rollo
 
 
 def _ref_logprobs(reference: Policy, rollout: Rollout, parts: int, cfg: Config) -> torch.Tensor:
-    """Logprobs (B, T) of the sampled tokens under the reference, 0 off the mask; in ``parts``, as large as an update's.
-
-    Rows of like length go together, without the columns that are padding in all of them.
-    """
+    """Logprobs (B, T) of the sampled tokens under the reference, 0 off the mask; in ``parts``, as large as an update's."""
     out = torch.zeros_like(rollout.logprobs)
-    for rows in rollout.attention_mask.sum(1).argsort(stable=True).chunk(parts):
-        part = rollout[rows].trimmed()
-        width, temperature = part.mask.shape[1], cfg.rollouts.temperature
+    for rows in by_length(rollout.attention_mask).chunk(parts):
+        part = rollout[rows]
+        given = part.input_ids, part.attention_mask, part.mask.shape[1], cfg.rollouts.temperature
         with autocast(part.mask.device, cfg.models.autocast):
-            out[rows, :width] = reference.logprobs(part.input_ids, part.attention_mask, width, temperature) * part.mask
+            out[rows] = reference.logprobs(*given)
     return out
 
 
