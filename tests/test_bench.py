@@ -1,11 +1,14 @@
-"""The contests' own arithmetic, and one round of those that need no peer at the smallest size."""
+"""The contests' own arithmetic, the table, and one round of those that need no peer at the smallest size."""
 
 import json
 
 import pytest
 import torch
 
-from rlhf_nb_utils import bench
+from rlhf_nb_utils import bench, contests, gauges
+from rlhf_nb_utils.contests import Bar, Contest, Setting
+
+TINY = Setting(1, 64, 40, batch=8, response=4)
 
 
 def test_contestants_take_turns_and_the_first_rounds_do_not_count(monkeypatch):
@@ -18,29 +21,30 @@ def test_contestants_take_turns_and_the_first_rounds_do_not_count(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    seconds = bench.race({"a": contestant("a", 1.0), "b": contestant("b", 10.0)}, 3)
-    assert order == ["a", "b"] * (3 + bench.WARM)
-    first = 2 * bench.WARM + 1
+    monkeypatch.setattr(contests.time, "perf_counter", lambda: clock[0])
+    seconds = contests.race({"a": contestant("a", 1.0), "b": contestant("b", 10.0)}, 3)
+    assert order == ["a", "b"] * (3 + contests.WARM)
+    first = 2 * contests.WARM + 1
     assert seconds == {"a": [first, first + 2, first + 4], "b": [10 * (first + 1), 10 * (first + 3), 10 * (first + 5)]}
 
 
-def test_a_row_is_the_median_of_the_ratios_within_a_round():
-    seconds = {"slow": [2.0, 9.0, 40.0, 8.0, 10.0], "fast": [1.0, 3.0, 10.0, 2.0, 2.0]}
-    row = bench.Row.of("x", seconds, "slow", "fast", 4.0)
-    assert row.ratios == (2.0, 3.0, 4.0, 4.0, 5.0) and row.ratio == 4.0 and row.met
-    assert not bench.Row.of("x", seconds, "slow", "fast", 3.9, "≤").met
-    assert bench.markdown([row]).splitlines()[-1] == "| x | 4.00× [2.50, 4.50] | ≥ 4× | ✓ |"
+def test_a_figure_is_the_median_of_the_ratios_within_a_round():
+    found = contests.ratios([2.0, 9.0, 40.0, 8.0, 10.0], [1.0, 3.0, 10.0, 2.0, 2.0])
+    assert found == [2.0, 3.0, 4.0, 4.0, 5.0]
+    assert bench.cells(Bar("x", 4.0), found) == ["x", "4.00× [2.50, 4.50]", "≥ 4×", "✓"]
+    assert not bench.met(Bar("x", 3.9, "≤"), found)
+    assert bench.cells(Bar("small", 1e-6, "≤", ""), [3e-7])[1:] == ["3e-07", "≤ 1e-06", "✓"]
+    assert bench.cells(Bar("reported"), found)[2:] == ["–", ""]
+    assert bench.cells(Bar("x", 4.0), None)[1:] == ["not yet measured", "≥ 4×", ""]
 
 
 def test_both_sides_of_ppo_score_the_same_text_alike():
     """The reward on text, tokenised anew, is the reward model's output on the ids that were sampled."""
-    setting = bench.Setting(1, 64, 40)
-    tokenizer = bench.word_tokenizer(40)
+    tokenizer = contests.word_tokenizer(40)
     ids = [[3, 5, 7, 11], [2, 4]]
     texts = [" ".join(map(str, row)) + " " for row in ids]
-    found = bench.scorer(setting, tokenizer)(texts, ["9 ", "1 6 "])
-    model = bench.classifier(setting)
+    found = contests.scorer(TINY, tokenizer)(texts, ["9 ", "1 6 "])
+    model = contests.classifier(TINY)
     for row, extra, score in zip(ids, ([9], [1, 6]), found):
         with torch.no_grad():
             hidden = model.transformer(input_ids=torch.tensor([row + extra])).last_hidden_state
@@ -49,37 +53,138 @@ def test_both_sides_of_ppo_score_the_same_text_alike():
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_our_side_does_one_iteration_at_a_call(critic, monkeypatch):
-    seen, train = [], bench.ppo.train
+    seen, train = [], contests.ppo.train
 
     def counted(state, *rest):
         done = train(state, *rest)
         seen.append(done.iteration)
         return done
 
-    monkeypatch.setattr(bench.ppo, "train", counted)
-    run = bench.ours(bench.Setting(1, 64, 40, batch=8, response=4), critic)
+    monkeypatch.setattr(contests.ppo, "train", counted)
+    run = contests.ours(TINY, critic)
     run()
     run()
     assert seen == [1, 2]
 
 
-def test_the_table_is_printed_and_kept(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "contest",
+    [
+        contests.rollout_contest(TINY, "cpu", {2: (1.0, 1.0)}, (4.5, 8.0), length=3),
+        contests.optimizer_contest(TINY),
+        gauges.logprob_contest("cpu", bf16=True, setting=TINY),
+        gauges.handler_contest(),
+    ],
+    ids=lambda contest: contest.name,
+)
+def test_a_contest_gives_each_bar_its_figures(contest):
+    found = contest.hold(1)
+    assert len(found) == len(contest.bars) and all(len(figures) == 1 and figures[0] >= 0 for figures in found)
+
+
+def test_the_contest_of_offloaded_optimizers_holds_on_a_host_too(monkeypatch):
+    monkeypatch.setattr(contests.peers, "offloaded_adamw", torch.optim.AdamW)
+    contest = contests.offload_contest("cpu", TINY, rows=2, width=6)
+    assert [len(figures) for figures in contest.hold(1)] == [1, 1, 1]
+
+
+def test_a_card_that_holds_plain_adamw_too_does_not_meet_the_bar(monkeypatch):
+    caps, found = [], {"sample": 2048.0, "update": 4096.0}
+    device = type("Device", (), {"total_memory": 80 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
+
+    def measured(cfg, query):
+        if runs_out and cfg.memory.optimizer == "adamw":
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(gauges.phases, "measure", measured)
+    contest = gauges.card_contest()
+    for runs_out in (True, False):
+        peak, failed = contest.hold(1)
+        assert peak == [4.0] and bench.met(contest.bars[1], failed) == runs_out
+    assert caps == [gauges.CAP / 80, 1.0] * 2
+
+
+def test_forward_passes_alone_are_as_many_as_tokens_are_sampled(monkeypatch):
+    policy, calls = contests.models.Policy(contests.language_model(TINY)), []
+    policy.lm.register_forward_hook(lambda *_: calls.append(1))
+    contests.passes_alone(policy, [[1, 2], [3]], 5, contests.word_tokenizer(40))
+    assert len(calls) == 5
+
+
+def test_the_offloaded_step_is_adamws_and_bf16_without_a_master_fails():
+    contest = gauges.fidelity_contest("cpu", TINY)
+    figures = dict(zip(contest.bars, contest.hold(1)))
+    assert all(bench.met(bar, found) for bar, found in figures.items())
+
+
+def test_plans_are_within_a_tenth_of_what_is_counted():
+    contest = gauges.planner_contest("cpu")
+    assert all(bench.met(bar, found) for bar, found in zip(contest.bars, contest.hold(1)))
+
+
+def test_gpt2_xl_is_planned_within_what_was_asked_and_has_one_figure_a_phase():
+    contest = gauges.memory_contest()
+    found = contest.hold(1)
+    assert len(found) == 5 and all(bench.met(bar, figures) for bar, figures in zip(contest.bars, found))
+
+
+def test_names_are_told_apart_and_every_bar_of_a_gpu_is_listed_without_one():
+    for device in bench.DEVICES:
+        bars = [bar.what for contest in bench.contests_on(device, None) for bar in contest.bars]
+        assert len(bars) == len(set(bars))
+    text = bench.report({}, None)
+    assert text.count("not yet measured") == sum(len(c.bars) for d in bench.DEVICES for c in bench.contests_on(d, None))
+
+
+@pytest.fixture
+def one_contest(monkeypatch, tmp_path):
+    """Two contests in place of the real ones, whose figures are those of a list."""
     monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path))
-    row = bench.Row("a contest", 2.0, "≥", (1.0, 3.0, 3.0))
-    monkeypatch.setattr(bench, "contests", lambda repeats: {"optimizer": lambda: [row]})
-    threads = torch.get_num_threads()
-    assert bench.main(["--only", "optimizer", "--threads", str(threads)]) == 0
-    assert "| a contest | 3.00×" in capsys.readouterr().out
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    given = {"optimizer": [1.0, 3.0, 3.0], "rollouts": [2.0]}
+    made = [Contest(name, (Bar(f"contest {name}", 2.0),), lambda _, name=name: [given[name]]) for name in given]
+    monkeypatch.setattr(bench, "contests_on", lambda device, folder: made)
+    return given
+
+
+def run(*arguments: str) -> int:
+    return bench.main([*arguments, "--threads", str(torch.get_num_threads())])
+
+
+def test_the_table_is_printed_and_kept(one_contest, capsys, tmp_path):
+    assert run("--only", "optimizer") == 0
+    out = capsys.readouterr().out
+    assert "| contest optimizer | 3.00×" in out and "| contest rollouts | not yet measured |" in out
     kept = json.loads((tmp_path / "bench.json").read_text())
-    assert kept["rows"][0]["ratios"] == [1.0, 3.0, 3.0] and "torch" in kept["machine"]
+    assert kept["cpu"]["found"] == {"contest optimizer": [1.0, 3.0, 3.0]} and "torch" in kept["cpu"]["machine"]
     with pytest.raises(bench.BenchError, match="at least 5"):
-        bench.main(["--repeats", "3"])
+        run("--repeats", "3")
 
 
-def test_gpt2_xl_is_planned_within_what_was_asked_and_has_one_figure_a_phase(monkeypatch):
-    rows = bench.memory_rows()
-    assert len(rows) == 5 and all(row.met for row in rows)
-    phases = {"sample": {"a": 2048.0}, "update": {"a": 7 * 1024.0, "b": 1.0}}
-    monkeypatch.setattr(bench.memory, "plan", lambda *_, **__: bench.memory.Plan("", phases))
-    small, large = bench.memory_rows()
-    assert small.cells()[1:] == ["2.00 GiB", "≤ 9.5 GiB", "✓"] and large.cells()[1:] == ["7.00 GiB", "≤ 7 GiB", "✗"]
+def test_what_was_found_on_a_gpu_stays_in_the_table(one_contest, capsys, tmp_path):
+    (tmp_path / "bench.json").write_text(json.dumps({"cuda": {"machine": "a card", "found": {"contest rollouts": [7.0]}}}))
+    assert run("--only", "optimizer") == 0
+    assert run("--only", "rollouts") == 0  # and what the same machine found a moment ago
+    cpu, gpu = capsys.readouterr().out.split("On the CPU")[-1].split("On a GPU (a card)")
+    assert "7.00×" in gpu and "2.00×" in cpu and "3.00×" in cpu
+    (tmp_path / "bench.json").write_text("{not json")
+    assert run() == 0
+    with pytest.raises(bench.BenchError, match="--device cpu"):
+        run("--device", "cuda")
+
+
+def test_a_missing_peer_is_installed_once_and_named_if_that_did_not_help(one_contest, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(
+        bench.subprocess, "run", lambda command, **_: calls.append(command) or type("Done", (), {"returncode": 0})
+    )
+    monkeypatch.setitem(bench.peers.PACKAGES, "no_such_peer", ("no-such-peer==1",))
+    monkeypatch.setattr(bench, "contests_on", lambda *_: [Contest("ppo", (), lambda _: [], ("no_such_peer",))])
+    assert run("--only", "ppo") == 0
+    assert "no-such-peer==1" in calls[0] and calls[1][1:3] == ["-m", "rlhf_nb_utils.bench"] and "ppo" in calls[1]
+    monkeypatch.setenv("RLHF_NB_PEERS", str(tmp_path / "peers"))
+    with pytest.raises(bench.BenchError, match="no_such_peer cannot be imported"):
+        run("--only", "ppo")

@@ -1,18 +1,16 @@
 """The planner against bytes that are counted while the real phases run, against arithmetic, and against its own full traces."""
 
 import contextlib
-import gc
 import math
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from rlhf_nb_utils import memory, phases, sft, shapes, tracing
 from rlhf_nb_utils.config import PROFILE_DIR, ConfigError, CourseError, MemoryConfig, load_config
 from rlhf_nb_utils.course import main
+from rlhf_nb_utils.gauges import Live
 from rlhf_nb_utils.memory import CARDS, CONTEXT, plan
 from rlhf_nb_utils.offload import CPUOffloadAdamW
 from rlhf_nb_utils.phases import MIB, Sizes
@@ -85,50 +83,6 @@ def test_a_peak_that_moves_with_the_depth_is_found():
 
 
 # --- against a real run -----------------------------------------------------------------------------------------------------
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made in it for as long as they live."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return out
-
-    def add(self, storage) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if size and key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.drop, key, size)
-
-    def drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-    def watch(self):
-        gc.collect()
-        self.peak = self.now
-        return _Seen(self)
-
-
-class _Seen:
-    def __init__(self, live):
-        self.live, self.peak = live, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.peak = self.live.peak
 
 
 @pytest.mark.slow

@@ -1,0 +1,263 @@
+"""Figures of ``make bench`` that are no contest: fidelity, logprobs, memory, the planner, and how long a widget lets one wait.
+
+Knows the package. Does not know tables or files; nothing here is compared with a peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_nb_utils import clinic, contests, memory, models, phases, players, rollouts, simulator, tensor_ops
+from rlhf_nb_utils.config import Config, RolloutsConfig, load_config
+from rlhf_nb_utils.contests import SMALL, Bar, Contest, Figures, Setting, race
+from rlhf_nb_utils.offload import CPUOffloadAdamW
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def fidelity_contest(device: str, setting: Setting = SMALL) -> Contest:
+    """Fifty steps fed identical gradients, beside fp32 ``torch.optim.AdamW`` with ``clip_grad_norm_`` at a rate of 1e-5."""
+    what = "50 steps, largest relative difference of the fp32 master from AdamW's weights"
+    bars = (
+        Bar(f"{what}: fp32 weights", 1e-6, "≤", ""),
+        Bar(f"{what}: bf16 weights", 1e-6, "≤", ""),
+        Bar(f"{what}: bf16 weights without a master, which must fail", 1e-6, "≥", ""),
+        Bar(
+            "the update by gradients rounded to bf16 on their way out: cosine with AdamW's in fp32",
+            0.999,
+            "≥",
+            "",
+        ),
+    )
+    return Contest("fidelity", bars, lambda _: _fidelity(device, setting))
+
+
+def _fidelity(device: str, setting: Setting) -> list[Figures]:
+    def made(dtype):
+        return contests.language_model(setting).to(torch.bfloat16).to(device, dtype)  # all start where the bf16 one starts
+
+    def plain(model):
+        return torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def offloaded(model):
+        return CPUOffloadAdamW(model.parameters(), lr=1e-5, max_grad_norm=1.0)
+
+    pairs = {
+        "reference": (made(torch.float32).cpu(), plain), "fp32": (made(torch.float32), offloaded),
+        "bf16": (made(torch.bfloat16), offloaded), "naive": (made(torch.bfloat16), plain),
+        "fine": (made(torch.float32).cpu(), plain),
+    }  # fmt: skip
+    nets = {name: model for name, (model, _) in pairs.items()}
+    optimizers = {name: make(model) for name, (model, make) in pairs.items()}
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        grads = [torch.randn(p.shape, generator=draw) for p in nets["reference"].parameters()]
+        for name, model in nets.items():
+            for p, grad in zip(model.parameters(), grads):
+                rounded = grad if name == "fine" else grad.bfloat16()  # the same for all, whatever their weights
+                p.grad = rounded.to(p.device, p.dtype)
+            if name not in ("fp32", "bf16"):
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers[name].step()
+    weights = {name: [p.detach().float().cpu() for p in model.parameters()] for name, model in nets.items()}
+    for name in ("fp32", "bf16"):
+        states = optimizers[name].state
+        weights[name] = [states[p].get("master", p.detach()).float().cpu() for p in nets[name].parameters()]
+    start = [p.detach().float().cpu() for p in made(torch.float32).parameters()]
+
+    def off(name: str) -> list[float]:
+        return [max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(weights[name], weights["reference"]))]
+
+    ways = [torch.cat([(a - b).flatten() for a, b in zip(weights[name], start)]).double() for name in ("bf16", "fine")]
+    return [*map(off, ("fp32", "bf16", "naive")), [torch.cosine_similarity(*ways, dim=0).item()]]
+
+
+def logprob_contest(device: str, bf16: bool, setting: Setting = SMALL, asked: float | None = 1e-4) -> Contest:
+    """What was kept from sampling against a fresh pass over the same tokens; on a device in bf16, as PPO's first step has it."""
+    bars = (Bar("sampled against recomputed logprobs, largest difference, nats", asked, "≤", ""),)
+    if bf16:
+        bars += (Bar("… share of tokens that PPO's first step would clip", None, "≤", ""),)
+
+    @torch.no_grad()
+    def hold(_repeats: int) -> list[Figures]:
+        tokenizer, policy = (
+            contests.word_tokenizer(setting.vocabulary),
+            models.Policy(contests.language_model(setting)).to(device),
+        )
+        queries = rollouts.encode_queries(tokenizer, contests.prompts(16, setting.vocabulary))
+        cfg, draw = RolloutsConfig(response_length=40, batch_size=16), torch.Generator(device).manual_seed(0)
+        rollout = rollouts.sample(policy, queries, cfg, tokenizer, draw, bf16)
+        with models.autocast(policy.device, bf16):
+            fresh = policy.evaluate(rollout.input_ids, rollout.attention_mask, rollout.mask.shape[1])[0]
+        difference = torch.where(rollout.mask, fresh - rollout.logprobs, 0.0)
+        clipped = tensor_ops.masked_mean(((difference.exp() - 1).abs() > 0.2).float(), rollout.mask)
+        return [[difference.abs().max().item()], [clipped.item()]][: len(bars)]
+
+    return Contest("logprobs", bars, hold)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+XL = {
+    "models.policy": "openai-community/gpt2-xl", "rollouts.response_length": 192, "rollouts.batch_size": 32,
+    "ppo.batch_size": 32, "ppo.num_mini_batches": 4, "ppo.gradient_accumulation_steps": 1,
+}  # fmt: skip
+EVERY_SWITCH = {
+    "models.dtype": "bfloat16", "models.autocast": False, "memory.optimizer": "offload", "memory.stream_gradients": True,
+    "memory.checkpoint_activations": True, "memory.chunked_head": True, "memory.park": True,
+}  # fmt: skip
+CAP = 11  # GiB that an allocator may give out
+
+
+def memory_contest() -> Contest:
+    """What is planned for GPT-2 XL on a card: nothing is drawn or timed, so there is one figure a phase."""
+    what, asked = "GPT-2 XL planned, 8 × 256, rollout of 32 × 192, every switch", {"update": 7.0}
+    bars = tuple(Bar(f"{what}: {phase}", asked.get(phase, 9.5), "≤", " GiB") for phase in phases.PHASES)
+
+    def hold(_repeats: int) -> list[Figures]:
+        planned = memory.plan(load_config("gpu-12gb", 0, XL | EVERY_SWITCH), query=64)
+        return [[planned.total(phase) / 1024] for phase in phases.PHASES]
+
+    return Contest("memory", bars, hold)
+
+
+def card_contest() -> Contest:
+    """GPT-2 XL for two iterations on a device whose allocator may give out 11 GiB, and plain AdamW on the same."""
+    bars = (
+        Bar(f"GPT-2 XL, 8 × 256, rollout of 32 × 192, every switch: highest of two iterations, cap {CAP} GiB", CAP, "≤", " GiB"),
+        Bar("… with plain AdamW: attempts that run out of memory", 1, "≥", " of 1"),
+    )
+
+    def hold(_repeats: int) -> list[Figures]:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / whole))
+        try:
+            cfg = load_config("gpu-12gb", 0, XL | EVERY_SWITCH)
+            peak = max(max(phases.measure(cfg, 64).values()) for _ in range(2)) / 1024
+            try:
+                phases.measure(load_config("gpu-12gb", 0, XL), 64)
+                failed = 0.0
+            except torch.OutOfMemoryError:
+                failed = 1.0
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return [[peak], [failed]]
+
+    return Contest("card", bars, hold)
+
+
+def planner_contest(device: str) -> Contest:
+    """Planned against counted (on a CPU, small models) or allocated (on a device), the phase that is furthest off."""
+    bars = tuple(
+        Bar(f"planned against measured peak, {name}: the phase furthest off", 10.0, "≤", " %") for name in ("plain", "lean")
+    )
+
+    def hold(_repeats: int) -> list[Figures]:
+        with tempfile.TemporaryDirectory() as folder:
+            return [[_furthest_off(cfg)] for cfg in _planned_settings(device, Path(folder))]
+
+    return Contest("planner", bars, hold)
+
+
+def _planned_settings(device: str, folder: Path) -> list[Config]:
+    if device == "cuda":
+        return [load_config("gpu-12gb", 0, switches) for switches in ({}, EVERY_SWITCH)]
+    config = contests.gpt2_config(Setting(6, 128, 700))
+    for name in ("policy", "trunk"):
+        config.save_pretrained(folder / name)
+    tiny = {
+        "models.policy": str(folder / "policy"), "models.reward_backbone": str(folder / "trunk"), "ppo.batch_size": 32,
+        "ppo.num_mini_batches": 2, "rollouts.batch_size": 16, "rollouts.response_length": 20, "reward_model.max_length": 40,
+    }  # fmt: skip
+    lean = {"memory.checkpoint_activations": True, "memory.chunked_head": True}
+    return [load_config("cpu", 0, tiny | switches) for switches in ({}, lean)]
+
+
+def _furthest_off(cfg: Config) -> float:
+    """Per cent between what is planned for a phase and what it takes, where that is most."""
+    counted = contextlib.nullcontext() if cfg.device == "cuda" else Live()
+    with counted as live:
+        found = phases.measure(cfg, 8, live and live.watch)
+    planned, off = memory.plan(cfg, 8), []
+    for phase, size in found.items():
+        steps = (phase, "optimizer step") if phase == "update" else (phase,)
+        expected = max(planned.total(step) - planned.phases[step]["context"] for step in steps)
+        off.append(100 * abs(expected / size - 1))
+    return max(off)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages made in it for as long as they live; ``watch()`` is a context with their ``peak``."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if size and key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def watch(self):
+        gc.collect()
+        self.peak = self.now
+        return _Seen(self)
+
+
+class _Seen:
+    def __init__(self, live: Live):
+        self.live, self.peak = live, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.peak = self.live.peak
+
+
+# --- widgets ----------------------------------------------------------------------------------------------------------
+
+
+def handler_contest() -> Contest:
+    """How long a reader waits for a widget that replays: a step of the simulator, and a curve of the clinic."""
+    bars = (
+        Bar("handler of the simulator, a step drawn", 100, "≤", " ms"),
+        Bar("handler of the clinic's desk, a curve asked for", 100, "≤", " ms"),
+    )
+
+    def hold(repeats: int) -> list[Figures]:
+        player = players.player(simulator.load())
+        player.sliders["steps"].value = max(player.simulation.values("steps"))
+        desk = players.desk(clinic.load())
+        questions = iter([(case, q) for case in desk.case.options for q in desk.question.options if q != "samples"])
+
+        def ask() -> None:
+            desk.case.value, desk.question.value = next(questions)
+            desk.ask.click()
+
+        seconds = race({"step": player.step.click, "ask": ask}, repeats)
+        return [[1000 * s for s in seconds[name]] for name in ("step", "ask")]
+
+    return Contest("handlers", bars, hold)
