@@ -53,7 +53,7 @@ class Player(widgets.Interactive):
         self.run, self.step, self.reset = (ipywidgets.Button(description=name) for name in ("Run", "Step", "Reset"))
         self.step.tooltip = "one step on; halts a run"
         self.speed = ipywidgets.IntSlider(5, 1, 10, description="animation speed", **LOOK)
-        self.message, self.panel, self.image = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.Image(format="png")
+        self.message, self.panel, self.image = ipywidgets.HTML(), ipywidgets.HTML(), widgets.picture()
         buttons = ipywidgets.HBox([self.run, self.step, self.reset])
         super().__init__([*self.sliders.values(), self.speed, buttons, self.message, self.panel, self.image])
         self.names = [*(slider.description for slider in self.sliders.values()), "Run", "Step", "Reset"]
@@ -195,7 +195,7 @@ class Desk(widgets.Interactive):
         key = case.label, question
         if key not in self._drawn:
             with widgets.fleeting():
-                self._drawn[key] = ipywidgets.Image(value=widgets.png(draw_answer(case.ask(question))), format="png")
+                self._drawn[key] = widgets.picture(widgets.png(draw_answer(case.ask(question))))
         return self._drawn[key]
 
 

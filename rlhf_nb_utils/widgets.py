@@ -254,7 +254,7 @@ def interactive(plot_fn: Callable, **arguments) -> Interactive:
     A CourseError of ``plot_fn`` is shown in one line above the last good figure.
     """
     turned = {name: w for name, w in arguments.items() if isinstance(w, ipywidgets.Widget)}
-    image, message = ipywidgets.Image(format="png"), ipywidgets.HTML()
+    image, message = picture(), ipywidgets.HTML()
 
     def redraw(_change=None) -> None:
         values = {name: _value(turned[name]) if name in turned else value for name, value in arguments.items()}
@@ -284,6 +284,11 @@ def fleeting() -> Iterator[None]:
         gc.collect(0)
         if enabled:
             gc.enable()
+
+
+def picture(value: bytes = b"") -> ipywidgets.Image:
+    """A PNG at its own size. A box stretches its children to its width, which blurs every letter."""
+    return ipywidgets.Image(value=value, format="png", layout={"align_self": "flex-start", "max_width": "100%"})
 
 
 def png(figure) -> bytes:

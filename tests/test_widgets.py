@@ -168,6 +168,7 @@ def test_turning_a_control_draws_the_figure_again():
         return plots.plot_clip(cliprange, cliprange_high)
 
     box = widgets.interactive(draw, **widgets.controls(CFG.ppo, "cliprange", "cliprange_high"), fixed=7)
+    assert box.children[-1].layout.align_self == "flex-start"  # the figure at its own size, not stretched
     slider, image = box.children[0], box.children[-1]
     first = image.value
     assert first[:8] == b"\x89PNG\r\n\x1a\n" and seen == [(0.2, None, 7)]
