@@ -196,14 +196,13 @@ def expected_best_of_n(selection, n: int, report=None) -> np.ndarray:
     rank = np.arange(samples + 1)
     log_share = gammaln(rank + 1) - gammaln(np.maximum(rank - n, 0) + 1) - gammaln(samples + 1) + gammaln(samples - n + 1)
     below = np.where(rank >= n, np.exp(log_share), 0.0)  # C(i, n) / C(N, n): all n among the lowest i
-    order = np.argsort(selection, axis=1)
-    ordered = np.take_along_axis(selection, order, 1)
-    new = np.concatenate([np.ones((len(ordered), 1), bool), ordered[:, 1:] > ordered[:, :-1]], 1)  # where a rank begins
-    first = np.maximum.accumulate(np.where(new, rank[:-1], 0), axis=1)
-    ends = np.concatenate([new[:, 1:], np.ones((len(new), 1), bool)], 1)
-    last = np.minimum.accumulate(np.where(ends, rank[1:], samples)[:, ::-1], axis=1)[:, ::-1]
-    weights = (below[last] - below[first]) / (last - first)
-    return (weights * np.take_along_axis(report, order, 1)).sum(1)
+    ordered = np.sort(selection, axis=1)
+    weights = np.empty_like(selection)
+    for row in range(len(selection)):
+        first = np.searchsorted(ordered[row], selection[row], side="left")
+        last = np.searchsorted(ordered[row], selection[row], side="right")
+        weights[row] = (below[last] - below[first]) / (last - first)
+    return (weights * report).sum(1)
 
 
 def best_of_n_kl(n) -> np.ndarray | float:
