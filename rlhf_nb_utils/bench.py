@@ -73,7 +73,7 @@ def cells(bar: Bar, figures: Figures | None) -> list[str]:
     """What, the median with its quartiles, what was asked, and whether it is met."""
     asked = "–" if bar.asked is None else f"{bar.sense} {bar.asked:g}{bar.unit}"
     if not figures:
-        return [bar.what, "not yet measured", asked, ""]
+        return [bar.what, "not yet measured" if figures is None else "–", asked, ""]
     found = f"{_number(statistics.median(figures))}{bar.unit}"
     if len(figures) > 1:
         low, _, high = statistics.quantiles(figures, n=4)

@@ -218,7 +218,7 @@ def rollout_contest(setting: Setting, device: str, asked: Mapping[int, tuple], g
         bars += [
             Bar(f"rollout of {count} against one prompt at a time", alone),
             Bar(f"rollout of {count} against `generate` with scores", generate),
-            Bar(f"`generate` of {count} against the forward passes alone, greedy: no loop over them can do better"),
+            Bar(f"`generate` of {count} against as many forward passes alone, greedy, nothing kept"),
         ]
     bars.append(Bar("rollout time, response 24 → 96 tokens", growth[0], "≤"))
     bars.append(Bar("rollout time, batch 4 → 64", growth[1], "≤"))

@@ -39,7 +39,7 @@ def draw(simulation: Simulation, whole: bool = False) -> plots.Figure:
         ax.set(xlabel="PPO step", ylabel=plots.LABELS[simulator.CURVES[name]], xlim=(0.5, point.steps + 0.5))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.yaxis.get_major_locator().set_params(nbins=5)  # a tick costs as much as a curve
-    # y, for the same reason: without it every label is measured to find a place for the title.
+    # Without y every label is measured to find a place for the title.
     axes[0].set_title(f"β = {point.beta:g}, noise {point.noise:g}", y=1.0)
     axes[1].set_title("pale: other β and noise" if alike else "", color=plots.GREY, y=1.0)  # a legend would hide curves
     return figure

@@ -88,23 +88,24 @@ def test_the_contest_of_offloaded_optimizers_holds_on_a_host_too(monkeypatch):
     assert [len(figures) for figures in contest.hold(1)] == [1, 1, 1]
 
 
-def test_a_card_that_holds_plain_adamw_too_does_not_meet_the_bar(monkeypatch):
-    caps, found = [], {"sample": 2048.0, "update": 4096.0}
-    device = type("Device", (), {"total_memory": 80 * 2**30})
+@pytest.mark.parametrize("lean_runs_out, plain_runs_out", [(False, True), (False, False), (True, True)])
+def test_a_card_has_to_hold_one_and_not_the_other(monkeypatch, lean_runs_out, plain_runs_out):
+    caps, device = [], type("Device", (), {"total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
 
     def measured(cfg, query):
-        if runs_out and cfg.memory.optimizer == "adamw":
+        if plain_runs_out if cfg.memory.optimizer == "adamw" else lean_runs_out:
             raise torch.OutOfMemoryError
-        return found
+        return {"sample": 2048.0, "update": 4096.0}
 
     monkeypatch.setattr(gauges.phases, "measure", measured)
     contest = gauges.card_contest()
-    for runs_out in (True, False):
-        peak, failed = contest.hold(1)
-        assert peak == [4.0] and bench.met(contest.bars[1], failed) == runs_out
-    assert caps == [gauges.CAP / 80, 1.0] * 2
+    through, peak, failed = contest.hold(1)
+    assert bench.met(contest.bars[0], through) == (not lean_runs_out) and peak == ([] if lean_runs_out else [4.0])
+    assert bench.met(contest.bars[2], failed) == plain_runs_out
+    assert bench.cells(contest.bars[1], peak)[1] == ("–" if lean_runs_out else "4.00 GiB")
+    assert caps == [gauges.CAP / 80, 1.0]
 
 
 def test_forward_passes_alone_are_as_many_as_tokens_are_sampled(monkeypatch):
