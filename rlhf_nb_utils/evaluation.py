@@ -177,12 +177,13 @@ def common_ngram_count(n: int, *sets: Sequence[Sequence[int]]) -> int:
     return min(ngram_count(responses, n) for responses in sets)
 
 
-def expected_best_of_n(selection, n: int, report=None) -> np.ndarray:
-    """Expected ``report`` score (P,) of the best of ``n`` samples by ``selection``, from N ≥ n samples of each prompt.
+def expected_best_of_n(selection, n, report=None) -> np.ndarray:
+    """Expected ``report`` score of the best of ``n`` samples by ``selection``, from N ≥ n samples of each prompt.
 
-    Both (P, N); ``report`` is ``selection`` itself by default, or the gold scores of the same samples. Unbiased: the
-    mean over all C(N, n) subsets (Hilton & Gao 2022, "Measuring Goodhart's law"), where the sample of rank i is best in
-    C(i−1, n−1) of them; samples of equal rank share their weight. Raises EvaluationError unless 1 ≤ n ≤ N.
+    ``selection``, ``report`` (P, N): ``report`` is ``selection`` itself by default, or the gold scores of the same samples.
+    One ``n`` -> (P,), several -> (len(n), P). Unbiased: the mean over all C(N, n) subsets (Hilton & Gao 2022, "Measuring
+    Goodhart's law"), where the sample of rank i is best in C(i−1, n−1) of them; samples of equal rank share their weight.
+    Raises EvaluationError unless 1 ≤ n ≤ N.
     """
     selection = np.asarray(selection, dtype=float)
     report = selection if report is None else np.asarray(report, dtype=float)
@@ -190,19 +191,17 @@ def expected_best_of_n(selection, n: int, report=None) -> np.ndarray:
         raise EvaluationError(f"best-of-n needs two tables (prompts, samples), not {selection.shape}, {report.shape}")
     if not (np.isfinite(selection).all() and np.isfinite(report).all()):
         raise EvaluationError("a best-of-n score is not finite: mend the scorer")
-    samples = selection.shape[1]
-    if not 1 <= n <= samples:
-        raise EvaluationError(f"best of {n} cannot be estimated from {samples} samples: raise evaluation.best_of_n")
-    rank = np.arange(samples + 1)
-    log_share = gammaln(rank + 1) - gammaln(np.maximum(rank - n, 0) + 1) - gammaln(samples + 1) + gammaln(samples - n + 1)
-    below = np.where(rank >= n, np.exp(log_share), 0.0)  # C(i, n) / C(N, n): all n among the lowest i
-    ordered = np.sort(selection, axis=1)
-    weights = np.empty_like(selection)
-    for row in range(len(selection)):
-        first = np.searchsorted(ordered[row], selection[row], side="left")
-        last = np.searchsorted(ordered[row], selection[row], side="right")
-        weights[row] = (below[last] - below[first]) / (last - first)
-    return (weights * report).sum(1)
+    samples, n = selection.shape[1], np.asarray(n)
+    for size in n[(n < 1) | (n > samples)]:
+        raise EvaluationError(f"best of {size} cannot be estimated from {samples} samples: raise evaluation.best_of_n")
+    i, n = np.arange(samples + 1), n[..., None]
+    log_share = gammaln(i + 1) - gammaln(np.maximum(i - n, 0) + 1) - gammaln(samples + 1) + gammaln(samples - n + 1)
+    weights = np.diff(np.where(i >= n, np.exp(log_share), 0.0))  # of C(i, n) / C(N, n), all n among the lowest i: (…, N)
+    order = np.argsort(selection, axis=1)
+    higher = np.diff(np.take_along_axis(selection, order, 1), axis=1, prepend=-np.inf) > 0
+    rank = higher.cumsum() - 1  # counted through all prompts, (P · N,); samples of equal score have one rank
+    report = np.bincount(rank, np.take_along_axis(report, order, 1).ravel()) / np.bincount(rank)
+    return weights @ report[rank].reshape(selection.shape).T
 
 
 def best_of_n_kl(n) -> np.ndarray | float:
@@ -342,10 +341,10 @@ class BestOfN:
         """Rows ``n`` (1, 2, 4, … N), ``kl`` (nats), ``proxy`` and ``gold`` (Intervals over prompts) of the best by proxy."""
         largest = self.proxy.shape[1]
         sizes = sorted({*(2**k for k in range(largest.bit_length()) if 2**k <= largest), largest})
+        means = (expected_best_of_n(self.proxy, sizes, report) for report in (self.proxy, self.gold))
         rows = []
-        for n in sizes:
-            means = (expected_best_of_n(self.proxy, n, report) for report in (self.proxy, self.gold))
-            proxy, gold = (bootstrap_interval(m, n_samples, seed) for m in means)
+        for n, of_proxy, of_gold in zip(sizes, *means):
+            proxy, gold = (bootstrap_interval(m, n_samples, seed) for m in (of_proxy, of_gold))
             rows.append({"n": n, "kl": float(best_of_n_kl(n)), "proxy": proxy, "gold": gold})
         return rows
 

@@ -167,6 +167,17 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
     np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
+def test_several_sizes_of_best_of_n_at_once():
+    samples, gold = np.random.default_rng(0).normal(size=(2, 5, 8)).round(1)
+    got = evaluation.expected_best_of_n(samples, [1, 2, 8], gold)
+    np.testing.assert_allclose(got[0], gold.mean(1))
+    tied = [np.mean(gold[row, samples[row] == samples[row].max()]) for row in range(5)]
+    np.testing.assert_allclose(got[2], tied)
+    np.testing.assert_allclose(got[1], evaluation.expected_best_of_n(samples, 2, gold))
+    with pytest.raises(EvaluationError, match="best of 0"):
+        evaluation.expected_best_of_n(samples, [0, 8])
+
+
 def test_best_of_n_breaks_ties_at_random_rather_than_by_position():
     # Samples 1 and 2 tie for best: of {0,1,2}, half the gold of each; pairs (0,1) → 5, (0,2) → 9, (1,2) → 7.
     result = evaluation.expected_best_of_n([[0.0, 1.0, 1.0]], 2, [[-1.0, 5.0, 9.0]])

@@ -176,6 +176,33 @@ def test_turning_a_control_draws_the_figure_again():
     assert seen[-1] == (0.4, None, 7) and image.value != first
 
 
+def test_the_axes_stay_where_the_first_figure_had_them(monkeypatch):
+    places, png = [], widgets.png
+
+    def watched(figure):
+        picture = png(figure)
+        places.append([ax.get_position().bounds for ax in figure.axes])
+        return picture
+
+    @plots.styled
+    def draw(panels, top):
+        figure, axes = plots.new_axes(1, panels)
+        for ax in axes:
+            ax.plot([0, top], marker="")
+            ax.set_ylabel("value")
+        return figure
+
+    monkeypatch.setattr(widgets, "png", watched)
+    top, panels = ipywidgets.FloatSlider(1, min=0, max=1e4), ipywidgets.IntSlider(2, min=1, max=3)
+    widgets.interactive(draw, panels=panels, top=top)
+    top.value = 8000  # longer tick labels
+    assert places[0] == places[1]
+    png(alone := draw(2, 8000))
+    assert alone.axes[0].get_position().bounds != places[0][0]  # laid out by itself it would have moved
+    panels.value = 3
+    assert len(places[2]) == 3 and places[2][0] != places[0][0]
+
+
 def test_an_error_while_turning_is_shown_in_one_line_and_the_figure_stays():
     def draw(lam):
         if lam > 0.96:
