@@ -44,6 +44,7 @@ def contests_on(device: str, folder: Path) -> list[Contest]:
             gauges.fidelity_contest("cpu"),
             gauges.logprob_contest("cpu", bf16=False),
             gauges.handler_contest(),
+            gauges.slider_contest(folder),
             contests.optimizer_contest(),
             contests.rollout_contest(contests.SMALL, "cpu", {16: (7.0, 1.4), 64: (7.5, 1.25)}, (4.5, 8.0)),
             contests.ppo_contest(contests.SMALL, "cpu", folder),

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import statistics
 import tempfile
 import weakref
 from pathlib import Path
 
+import nbformat
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_nb_utils import clinic, contests, memory, models, phases, players, rollouts, simulator, tensor_ops
+from rlhf_nb_utils import clinic, contests, memory, models, phases, players, rollouts, runner, simulator, tensor_ops
 from rlhf_nb_utils.config import Config, RolloutsConfig, load_config
 from rlhf_nb_utils.contests import SMALL, Bar, Contest, Figures, Setting, race
 from rlhf_nb_utils.offload import CPUOffloadAdamW
@@ -258,3 +261,47 @@ def handler_contest() -> Contest:
         return [[1000 * s for s in seconds[name]] for name in ("step", "ask")]
 
     return Contest("handlers", bars, hold)
+
+
+TURN_ALL = """
+import json, time
+from rlhf_nb_utils.widgets import Interactive
+
+found = {}
+for number, box in sorted(Out.items()):
+    if isinstance(box, Interactive):
+        seconds = []
+        for _ in range(WARM + REPEATS):
+            began = time.perf_counter()
+            box.redraw()
+            seconds.append(time.perf_counter() - began)
+        found[f"In [{number}], {', '.join(box.names)}"] = [1000 * s for s in seconds[WARM:]]
+print(json.dumps(found))
+"""
+
+
+def slider_contest(folder: Path, notebooks_dir: Path = runner.NOTEBOOKS) -> Contest:
+    """How long a reader waits for a slider of the notebooks. Each notebook that has one is run on ``smoke``, in a kernel as a
+    reader's, and its sliders are turned at the end."""
+    bar = Bar("handler of a slider in the notebooks, the slowest of all", 100, "≤", " ms")
+
+    def hold(repeats: int) -> list[Figures]:
+        copies, found = folder / "sliders", {}
+        copies.mkdir(parents=True, exist_ok=True)
+        for old in copies.glob("*.ipynb"):
+            old.unlink()
+        turned = TURN_ALL.replace("WARM", str(contests.WARM)).replace("REPEATS", str(repeats))
+        for path in runner.find_notebooks(folder=notebooks_dir):
+            notebook = nbformat.read(path, as_version=4)
+            if any("interactive(" in cell.source for cell in notebook.cells if cell.cell_type == "code"):
+                notebook.cells.append(nbformat.v4.new_code_cell(turned))
+                nbformat.write(notebook, copies / path.name)
+        runner.run("smoke", notebooks_dir=copies, out=copies / "smoke")
+        for path in runner.find_notebooks(folder=copies):
+            last = nbformat.read(copies / "smoke" / "notebooks" / path.name, as_version=4).cells[-1]
+            for name, figures in json.loads(last.outputs[0].text).items():
+                found[f"{path.stem} {name}"] = figures
+                print(f"    {path.stem} {name}: {statistics.median(figures):.0f} ms", flush=True)
+        return [max(found.values(), key=statistics.median)]
+
+    return Contest("sliders", (bar,), hold)

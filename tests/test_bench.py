@@ -2,6 +2,7 @@
 
 import json
 
+import nbformat
 import pytest
 import torch
 
@@ -80,6 +81,29 @@ def test_our_side_does_one_iteration_at_a_call(critic, monkeypatch):
 def test_a_contest_gives_each_bar_its_figures(contest):
     found = contest.hold(1)
     assert len(found) == len(contest.bars) and all(len(figures) == 1 and figures[0] >= 0 for figures in found)
+
+
+def test_the_sliders_of_a_notebook_are_turned_in_a_kernel(tmp_path, capsys):
+    new = nbformat.v4
+    given = new.new_code_cell('PROFILE, SEED, OVERRIDES = "smoke", 0, {}', metadata={"tags": ["parameters"]})
+    setup = new.new_code_cell(
+        "from rlhf_nb_utils import plots, widgets\n"
+        "from rlhf_nb_utils.config import load_config\n"
+        "import time\n"
+        "def slow(lam):\n"
+        "    time.sleep(0.2)\n"
+        "    return plots.plot_gae({lam: [1.0, 2.0]})"
+    )
+    quick = new.new_code_cell('widgets.interactive(lambda lam: slow.__globals__["plots"].plot_gae({lam: [1.0]}), '
+                              '**widgets.controls(load_config(PROFILE).ppo, "lam"))')  # fmt: skip
+    turned = new.new_code_cell('widgets.interactive(slow, **widgets.controls(load_config(PROFILE).ppo, "lam"))')
+    nbformat.write(new.new_notebook(cells=[given, setup, turned, quick]), tmp_path / "03_turned.ipynb")
+    nbformat.write(new.new_notebook(cells=[given]), tmp_path / "04_still.ipynb")
+    contest = gauges.slider_contest(tmp_path / "bench", tmp_path)
+    (slowest,) = contest.hold(2)
+    assert len(slowest) == 2 and min(slowest) > 200  # ms, of the first of the two
+    printed = capsys.readouterr().out
+    assert "03_turned In [3], lam" in printed and "03_turned In [4], lam" in printed and "04_still" not in printed
 
 
 def test_the_contest_of_offloaded_optimizers_holds_on_a_host_too(monkeypatch):

@@ -59,10 +59,11 @@ def test_the_notebooks_of_the_course_are_there_and_numbered_without_gaps():
 
 
 @every_notebook
-def test_outputs_are_stored_in_order_and_without_errors(path):
+def test_outputs_are_stored_in_order_without_errors_or_warnings(path):
     cells = [cell for cell in code_cells(path) if cell.source.strip()]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `course store`"
     assert not [out.ename for cell in cells for out in cell.outputs if out.output_type == "error"]
+    assert not [out.text for cell in cells for out in cell.outputs if out.get("name") == "stderr"]
 
 
 @every_notebook

@@ -90,8 +90,8 @@ def new_axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 
     """A figure outside pyplot's list, ``size`` in inches, and its axes, flat. ``kwargs`` as of ``pyplot.subplots``."""
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **kwargs)
     plt.close(figure)
-    for ax in axes.flat:  # five lines across a panel are enough to read it by, with short numbers; every tick costs a millisecond
-        ax.yaxis.get_major_locator().set_params(nbins=max(2, round(1.6 * size[1] / rows)), steps=(1, 2, 5, 10))
+    for ax in axes.flat:  # some six lines across a panel are enough to read it by, at short numbers; a tick costs a millisecond
+        ax.yaxis.get_major_locator().set_params(nbins=max(3, round(1.8 * size[1] / rows)), steps=(1, 2, 5, 10))
     return figure, list(axes.flat)
 
 

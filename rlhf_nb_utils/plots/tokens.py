@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import MaxNLocator
 
 from rlhf_nb_utils.plots.base import (
     INK,
@@ -86,9 +87,9 @@ def plot_token_kl(
         ax.text(x + wide / 2, -1.75 * line - 0.35, number, ha="center", va="center", fontsize=7.5, color="#555555")
     ax.set(xlim=(-0.3, max(used, 34) + 0.3), ylim=(-1.75 * lines + 0.95, 1.15))
     ax.axis("off")
-    bar = figure.colorbar(
-        matplotlib.cm.ScalarMappable(norm, cmap), ax=ax, orientation="horizontal", fraction=0.05, aspect=50, pad=0.02
-    )
+    shades = matplotlib.cm.ScalarMappable(norm, cmap)
+    place = {"orientation": "horizontal", "fraction": 0.05, "aspect": 50, "pad": 0.02}
+    bar = figure.colorbar(shades, ax=ax, ticks=MaxNLocator(5), **place)
     bar.set_label(label)
     return figure
 
