@@ -151,9 +151,9 @@ def test_loss_leaves_out_a_heldout_curve_that_no_row_has():
 
 def test_token_kl_writes_every_token_and_its_value_and_colours_by_sign():
     figure = plots.plot_token_kl([" a", "$x$", "<|endoftext|>"], torch.tensor([0.5, -2.0, 0.0]))
-    assert _texts(figure) == ["·a", "+0.50", "$x$", "-2.00", "<|endoftext|>", "+0.00"]
-    assert not any(text.get_parse_math() for text in figure.axes[0].texts[::2])  # "$x$" is a token, not a formula
-    positive, negative, zero = (patch.get_facecolor() for patch in figure.axes[0].patches)
+    assert _texts(figure) == ["+0.50", "-2.00", "+0.00", "·a", "$x$", "<|endoftext|>"]
+    assert not any(text.get_parse_math() for text in figure.axes[0].texts[3:])  # "$x$" is a token, not a formula
+    positive, negative, zero = figure.axes[0].collections[0].get_facecolor().tolist()
     assert positive[0] > positive[2] and negative[2] > negative[0]  # red above 0, blue below
     assert max(zero[:3]) - min(zero[:3]) < 0.02
     assert "nats" in figure.axes[1].get_xlabel()
@@ -171,7 +171,8 @@ def test_alignment_draws_a_line_for_each_link_and_one_colour_for_each_group():
     figure = plots.plot_token_alignment(["a", "b", "c", "<eos>"], ["[CLS]", "ab", "c"], [[1], [1], [2], []])
     ax = figure.axes[0]
     assert len(ax.lines) == 3
-    policy, rm = [p.get_facecolor() for p in ax.patches[:4]], [p.get_facecolor() for p in ax.patches[4:]]
+    colours = ax.collections[0].get_facecolor().tolist()
+    policy, rm = colours[:4], colours[4:]
     assert policy[0] == policy[1] == rm[1] and policy[2] == rm[2] != policy[0]
     assert policy[3] == rm[0] not in (policy[0], policy[2])
 
