@@ -263,6 +263,7 @@ def handler_contest() -> Contest:
     return Contest("handlers", bars, hold)
 
 
+# Numbered as in the notebook a reader opens: there is no cell with the run's parameters in it.
 TURN_ALL = """
 import json, time
 from rlhf_nb_utils.widgets import Interactive
@@ -275,7 +276,7 @@ for number, box in sorted(Out.items()):
             began = time.perf_counter()
             box.redraw()
             seconds.append(time.perf_counter() - began)
-        found[f"In [{number}], {', '.join(box.names)}"] = [1000 * s for s in seconds[WARM:]]
+        found[f"In [{number - 1}], {', '.join(box.names)}"] = [1000 * s for s in seconds[WARM:]]
 print(json.dumps(found))
 """
 

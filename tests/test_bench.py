@@ -85,7 +85,7 @@ def test_a_contest_gives_each_bar_its_figures(contest):
 
 def test_the_sliders_of_a_notebook_are_turned_in_a_kernel(tmp_path, capsys):
     new = nbformat.v4
-    given = new.new_code_cell('PROFILE, SEED, OVERRIDES = "smoke", 0, {}', metadata={"tags": ["parameters"]})
+    given = new.new_code_cell('PROFILE = "smoke"\nSEED = 0\nOVERRIDES = {}', metadata={"tags": ["parameters"]})
     setup = new.new_code_cell(
         "from rlhf_nb_utils import plots, widgets\n"
         "from rlhf_nb_utils.config import load_config\n"
