@@ -279,8 +279,8 @@ def interactive(plot_fn: Callable, **arguments) -> Interactive:
 
 
 def _settle(figure, places: Sequence) -> None:
-    """Puts the axes of ``figure`` where they stood before, if there are as many. Else it is laid out, with some room for
-    longer tick labels. Laying out is two thirds of the time of a drawing: every tick is placed five times."""
+    """Puts the axes of ``figure`` where they stood before, if there are as many: to lay them out takes longer than to draw
+    them. Else it is laid out, with some room for longer tick labels."""
     engine = figure.get_layout_engine()
     if not isinstance(engine, ConstrainedLayoutEngine):
         return

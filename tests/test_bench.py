@@ -94,9 +94,10 @@ def test_the_sliders_of_a_notebook_are_turned_in_a_kernel(tmp_path, capsys):
         "    time.sleep(0.2)\n"
         "    return plots.plot_gae({lam: [1.0, 2.0]})"
     )
-    quick = new.new_code_cell('widgets.interactive(lambda lam: slow.__globals__["plots"].plot_gae({lam: [1.0]}), '
-                              '**widgets.controls(load_config(PROFILE).ppo, "lam"))')  # fmt: skip
-    turned = new.new_code_cell('widgets.interactive(slow, **widgets.controls(load_config(PROFILE).ppo, "lam"))')
+    turned, quick = (
+        new.new_code_cell(f'widgets.interactive({function}, **widgets.controls(load_config(PROFILE).ppo, "lam"))')
+        for function in ("slow", "lambda lam: plots.plot_gae({lam: [1.0]})")
+    )
     nbformat.write(new.new_notebook(cells=[given, setup, turned, quick]), tmp_path / "03_turned.ipynb")
     nbformat.write(new.new_notebook(cells=[given]), tmp_path / "04_still.ipynb")
     contest = gauges.slider_contest(tmp_path / "bench", tmp_path)
