@@ -6,7 +6,9 @@ hyperparameters. Knows nothing of models, data or devices: it imports no deep-le
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -307,7 +309,7 @@ def read_profile(profile: str, seed: int = 0, overrides: dict[str, Any] | None =
     path = PROFILE_DIR / f"{profile}.yaml"
     if profile not in PROFILES:
         raise ConfigError(f"unknown profile {profile!r}{nearest(profile, PROFILES)}")
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = copy.deepcopy(_parsed(path, path.stat().st_mtime_ns))
     valid = field_names()
     for name, value in _flatten(overrides or {}):
         if name not in valid:
@@ -318,6 +320,12 @@ def read_profile(profile: str, seed: int = 0, overrides: dict[str, Any] | None =
         return Config(profile=profile, seed=seed, **values)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+
+
+@functools.lru_cache(maxsize=len(PROFILES))
+def _parsed(path: Path, _changed: int) -> dict[str, Any]:
+    """A profile's file as it was at that time: the planner's sliders ask for it at every turn, and YAML is slow to read."""
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def _flatten(overrides: dict[str, Any]) -> list[tuple[str, Any]]:

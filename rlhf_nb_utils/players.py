@@ -50,6 +50,7 @@ class Player(widgets.Interactive):
 
     def __init__(self, simulation: Simulation):
         self.simulation, self.sliders, self._task = simulation, _sliders(simulation), None
+        self._drawn = widgets.Drawing(draw)
         self.run, self.step, self.reset = (ipywidgets.Button(description=name) for name in ("Run", "Step", "Reset"))
         self.step.tooltip = "one step on; halts a run"
         self.speed = ipywidgets.IntSlider(5, 1, 10, description="animation speed", **LOOK)
@@ -97,8 +98,7 @@ class Player(widgets.Interactive):
 
     def _show(self) -> None:
         self.panel.value = _panel(self.simulation)
-        with widgets.fleeting():
-            self.image.value = widgets.png(draw(self.simulation))
+        self.image.value = self._drawn(self.simulation)
 
 
 def _sliders(simulation: Simulation) -> dict[str, ipywidgets.Widget]:

@@ -253,20 +253,15 @@ class Interactive(ipywidgets.VBox):
 def interactive(plot_fn: Callable, **arguments) -> Interactive:
     """``plot_fn(**values) -> Figure``, drawn again whenever a control moves. Arguments that are not widgets stay fixed.
 
-    A CourseError of ``plot_fn`` is shown in one line above the last good figure. The axes stay where the first figure had
-    them, so that a curve moves and not its frame.
+    A CourseError of ``plot_fn`` is shown in one line above the last good figure.
     """
     turned = {name: w for name, w in arguments.items() if isinstance(w, ipywidgets.Widget)}
-    image, message, places = picture(), ipywidgets.HTML(), []
+    image, message, drawn = picture(), ipywidgets.HTML(), Drawing(plot_fn)
 
     def redraw(_change=None) -> None:
         values = {name: _value(turned[name]) if name in turned else value for name, value in arguments.items()}
         try:
-            with fleeting():
-                figure = plot_fn(**values)
-                _settle(figure, places)
-                image.value, message.value = png(figure), ""
-                places[:] = [ax.get_position(original=True) for ax in figure.axes]
+            image.value, message.value = drawn(**values), ""
         except CourseError as error:
             message.value = f'<span style="color:#b00020">{safe_html(str(error))}</span>'
 
@@ -278,18 +273,36 @@ def interactive(plot_fn: Callable, **arguments) -> Interactive:
     return box
 
 
-def _settle(figure, places: Sequence) -> None:
-    """Puts the axes of ``figure`` where they stood before, if there are as many: to lay them out takes longer than to draw
-    them. Else it is laid out, with some room for longer tick labels."""
-    engine = figure.get_layout_engine()
-    if not isinstance(engine, ConstrainedLayoutEngine):
-        return
-    if len(figure.axes) != len(places):
-        engine.set(w_pad=ROOM)
-        return
-    figure.set_layout_engine("none")
-    for ax, place in zip(figure.axes, places):
-        ax.set_position(place)
+class Drawing:
+    """``plot_fn(...) -> Figure`` as a function that returns PNG, for whoever turns a slider and waits.
+
+    Axes, ticks and the sizes of texts are kept from one picture to the next, and so are the places of the axes: a curve
+    moves and not its frame. To lay a figure out takes longer than to draw it; the first is laid out with some room.
+    """
+
+    def __init__(self, plot_fn: Callable):
+        self._plot_fn, self._places = plot_fn, []
+        self._easel, self._canvas = plots.Easel(), FigureCanvasAgg(plots.Figure())
+
+    def __call__(self, *arguments, **named) -> bytes:
+        with fleeting():
+            with self._easel:
+                figure = self._plot_fn(*arguments, **named)
+            self._settle(figure)
+            picture = png(figure, self._canvas)
+            self._places = [ax.get_position(original=True) for ax in figure.axes]
+            return picture
+
+    def _settle(self, figure) -> None:
+        engine = figure.get_layout_engine()
+        if not isinstance(engine, ConstrainedLayoutEngine):
+            return
+        if len(figure.axes) != len(self._places):
+            engine.set(w_pad=ROOM)
+            return
+        figure.set_layout_engine("none")
+        for ax, place in zip(figure.axes, self._places):
+            ax.set_position(place)
 
 
 @contextmanager
@@ -311,10 +324,13 @@ def picture(value: bytes = b"") -> ipywidgets.Image:
     return ipywidgets.Image(value=value, format="png", layout={"align_self": "flex-start", "max_width": "100%"})
 
 
-def png(figure) -> bytes:
+def png(figure, canvas: FigureCanvasAgg | None = None) -> bytes:
     """The figure as PNG, fast: 100 ms is the budget of a slider. ``savefig`` would draw it twice to lay it out, and
-    compress for a disk what goes to a browser on the same machine."""
-    canvas, buffer = FigureCanvasAgg(figure), io.BytesIO()
+    compress for a disk what goes to a browser on the same machine. A ``canvas`` that has drawn before knows the sizes of
+    its texts."""
+    canvas, buffer = canvas or FigureCanvasAgg(figure), io.BytesIO()
+    figure.set_canvas(canvas)
+    canvas.figure = figure
     canvas.draw()
     width, height = canvas.get_width_height()
     Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).save(buffer, "png", compress_level=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rlhf_nb_utils import plots
+from rlhf_nb_utils import plots, widgets
 from rlhf_nb_utils.evaluation import Interval, Row, WinRate
 from rlhf_nb_utils.plots import PlotError, preference
 
@@ -113,6 +113,80 @@ def test_a_figure_can_be_drawn_into_given_axes(name):
         "plot_timeline": (WORK,),
     }[name]
     assert getattr(plots, name)(*data, ax=ax) is figure and figure.axes == [ax] and ax.get_xlabel()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_figure_drawn_again_into_its_axes_is_what_it_would_be_in_new_ones(name, monkeypatch):
+    def pictures():
+        monkeypatch.setitem(globals(), "RNG", np.random.default_rng(0))  # examples that draw differ from call to call
+        drawn = widgets.Drawing(EXAMPLES[name])
+        return [drawn() for _ in range(3)]
+
+    again = pictures()
+    monkeypatch.setattr(plots.Easel, "axes", lambda _, *asked: plots.base._make_axes(*asked))
+    assert again == pictures()
+
+
+TRACES = {
+    "scale": lambda ax: ax.set(xscale="log", yscale="log"),
+    "limits": lambda ax: ax.set(xlim=(5, -5), ylim=(-3, 9)),
+    "inverted": lambda ax: ax.invert_yaxis(),
+    "ticks": lambda ax: ax.set_xticks([0, 1], ["no", "yes"]),
+    "format": lambda ax: ax.yaxis.set_major_formatter("{x:.3f}"),
+    "titles": lambda ax: [ax.set_title("so", loc=loc) for loc in ("left", "center", "right")],
+    "labels": lambda ax: ax.set(xlabel="x", ylabel="y"),
+    "colours": lambda ax: ax.plot([0, 9], [9, 0], label="a line"),
+    "bars": lambda ax: ax.bar([1, 2], [3, 4], label="bars"),
+    "error bars": lambda ax: ax.errorbar([1, 2], [3, 4], [1, 1], label="errors"),
+    "patches": lambda ax: ax.axvspan(1, 2),
+    "collections": lambda ax: (ax.fill_between([0, 1], [1, 2]), ax.scatter([1], [2]), ax.contourf(np.eye(3))),
+    "image": lambda ax: ax.imshow(np.eye(3)[:, :2], aspect="auto"),
+    "texts": lambda ax: (ax.text(0.5, 0.5, "here"), ax.annotate("there", (0, 0), (1, 1), arrowprops={})),
+    "table": lambda ax: ax.table([["1"]]),
+    "legend": lambda ax: (ax.plot([1, 2], label="a"), ax.legend(), ax.figure.legend()),
+    "artists": lambda ax: (ax.add_artist(ax.legend([], [], title="one legend")), ax.legend([], [], title="another")),
+    "inset": lambda ax: ax.inset_axes([0.1, 0.1, 0.3, 0.3]),
+    "margins": lambda ax: ax.margins(0.4),
+    "categories": lambda ax: ax.bar(["a", "b"], [1, 2]),
+    "twin": lambda ax: ax.twinx().plot([5, 6]),
+    "colour bar": lambda ax: ax.figure.colorbar(ax.scatter([1, 2], [3, 4], c=[5, 6])),
+    "text of the figure": lambda ax: (ax.figure.suptitle("all"), ax.figure.text(0.5, 0.5, "beside")),
+}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_was_drawn_before_leaves_no_trace(trace, shared):
+    @plots.styled
+    def draw(leave):
+        figure, axes = plots.new_axes(1, 2, layout="none", sharey=shared)
+        for ax in axes:
+            leave(ax)
+        return figure
+
+    def plain(ax):
+        ax.plot([1, 2, 4], [2, 1, 3], label="line")
+        if ax is ax.figure.axes[0]:
+            ax.legend(loc="upper left")
+
+    new, easel = widgets.png(draw(plain)), plots.Easel()
+    with easel:
+        before = draw(TRACES[trace])
+    with easel:
+        after = draw(plain)
+    assert widgets.png(after) == new
+    stands_beside = ("categories", "twin", "colour bar", "text of the figure")
+    assert (before is after) == (trace not in stands_beside)
+
+
+def test_a_second_figure_of_a_function_has_axes_of_its_own():
+    with plots.Easel():
+        assert plots.new_axes()[0] is not plots.new_axes()[0]
+    with plots.Easel() as easel:
+        first, _ = plots.new_axes()
+    with easel:
+        assert plots.new_axes(1, 2)[0] is not first  # asked for something else
+    assert plots.Easel.in_use is None and plots.new_axes()[0] is not first
 
 
 def test_curves_show_the_rows_that_have_the_key():

@@ -179,8 +179,8 @@ def test_turning_a_control_draws_the_figure_again():
 def test_the_axes_stay_where_the_first_figure_had_them(monkeypatch):
     places, png = [], widgets.png
 
-    def watched(figure):
-        picture = png(figure)
+    def watched(figure, canvas):
+        picture = png(figure, canvas)
         places.append([ax.get_position().bounds for ax in figure.axes])
         return picture
 

@@ -7,7 +7,20 @@ models, files, configuration or widgets.
 """
 
 from rlhf_nb_utils.plots.algorithm import plot_bias_variance, plot_clip, plot_estimators, plot_gae, plot_value
-from rlhf_nb_utils.plots.base import GREY, INK, LABELS, STEPS, STYLE, Figure, PlotError, new_axes, series_look, styled, use_style
+from rlhf_nb_utils.plots.base import (
+    GREY,
+    INK,
+    LABELS,
+    STEPS,
+    STYLE,
+    Easel,
+    Figure,
+    PlotError,
+    new_axes,
+    series_look,
+    styled,
+    use_style,
+)
 from rlhf_nb_utils.plots.memory import plot_memory_plan, plot_timeline
 from rlhf_nb_utils.plots.outcome import plot_before_after, plot_lengths, plot_reward_kl_frontier, plot_throughput, plot_win_rate
 from rlhf_nb_utils.plots.preference import plot_calibration, plot_label_noise, plot_score_histograms
