@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import statistics
 import tempfile
+import time
 import weakref
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -263,27 +266,55 @@ def handler_contest() -> Contest:
     return Contest("handlers", bars, hold)
 
 
+def positions(control) -> tuple[str, list]:
+    """What a reader can turn an ipywidgets control to, but for where it stands: its trait, and values of that from end to end."""
+    if hasattr(control, "options"):
+        trait, values = "index", list(range(len(control.options)))
+    elif hasattr(control, "base"):
+        trait, values = "value", [float(x) for x in np.logspace(control.min, control.max, 9, base=control.base)]
+    elif hasattr(control, "max"):
+        trait, values = "value", [type(control.value)(x) for x in np.linspace(control.min, control.max, 9)]
+    elif isinstance(control.value, bool):
+        trait, values = "value", [not control.value]
+    else:
+        trait, values = "value", [control.value + "!"]
+    return trait, [value for value in values if value != getattr(control, trait)]
+
+
+def turn(box, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds that each control of a `widgets.interactive` takes to move, ``rounds`` times, the others where they stand."""
+    found = {}
+    for name, control in zip(box.names, box.children):
+        trait, values = positions(control)
+        if not values:
+            continue
+        stands, seconds = getattr(control, trait), []
+        for value in itertools.islice(itertools.cycle([*values, stands]), rounds):
+            began = time.perf_counter()
+            setattr(control, trait, value)
+            seconds.append(time.perf_counter() - began)
+        setattr(control, trait, stands)
+        found[name] = [1000 * s for s in seconds]
+    return found
+
+
 # Numbered as in the notebook a reader opens: there is no cell with the run's parameters in it.
 TURN_ALL = """
-import json, time
-from rlhf_nb_utils.widgets import Interactive
+import json
+from rlhf_nb_utils import gauges, widgets
 
 found = {}
 for number, box in sorted(Out.items()):
-    if isinstance(box, Interactive) and hasattr(box, "redraw"):
-        seconds = []
-        for _ in range(WARM + REPEATS):
-            began = time.perf_counter()
-            box.redraw()
-            seconds.append(time.perf_counter() - began)
-        found[f"In [{number - 1}], {', '.join(box.names)}"] = [1000 * s for s in seconds[WARM:]]
+    if isinstance(box, widgets.Interactive) and hasattr(box, "redraw"):
+        for name, times in gauges.turn(box, WARM + REPEATS).items():
+            found[f"In [{number - 1}], {name}"] = times[WARM:]
 print(json.dumps(found))
 """
 
 
 def slider_contest(folder: Path, notebooks_dir: Path = runner.NOTEBOOKS) -> Contest:
     """How long a reader waits for a slider of the notebooks. Each notebook that has one is run on ``smoke``, in a kernel as a
-    reader's, and its sliders are turned at the end."""
+    reader's, and its sliders are turned at the end, each to another value every time."""
     bar = Bar("handler of a slider in the notebooks, the slowest of all", 100, "≤", " ms")
 
     def hold(repeats: int) -> list[Figures]:

@@ -1,12 +1,14 @@
 """The contests' own arithmetic, the table, and one round of those that need no peer at the smallest size."""
 
+import itertools
 import json
 
+import ipywidgets
 import nbformat
 import pytest
 import torch
 
-from rlhf_nb_utils import bench, contests, gauges
+from rlhf_nb_utils import bench, contests, gauges, plots, widgets
 from rlhf_nb_utils.contests import Bar, Contest, Setting
 
 TINY = Setting(1, 64, 40, batch=8, response=4)
@@ -81,6 +83,31 @@ def test_our_side_does_one_iteration_at_a_call(critic, monkeypatch):
 def test_a_contest_gives_each_bar_its_figures(contest):
     found = contest.hold(1)
     assert len(found) == len(contest.bars) and all(len(figures) == 1 and figures[0] >= 0 for figures in found)
+
+
+def test_every_control_is_turned_from_end_to_end_and_never_left_where_it_stands():
+    seen = []
+
+    def draw(**values):
+        seen.append(values)
+        return plots.plot_gae({0.5: [1.0]})
+
+    given = {
+        "choice": ipywidgets.SelectionSlider(options=[("none", 0), ("few", 2), ("many", 9)], value=2),
+        "whole": ipywidgets.IntSlider(3, min=1, max=9), "real": ipywidgets.FloatSlider(0.5, min=0.0, max=1.0),
+        "wide": ipywidgets.FloatLogSlider(1.0, min=-2, max=2), "yes": ipywidgets.Checkbox(False),
+        "text": ipywidgets.Text("so"), "only": ipywidgets.Dropdown(options=["one"]),
+    }  # fmt: skip
+    box = widgets.interactive(draw, **given)
+    (start,), found = tuple(seen), gauges.turn(box, 9)
+    assert found.keys() == given.keys() - {"only"} and all(len(times) == 9 for times in found.values())
+    assert all(before != after for before, after in itertools.pairwise(seen))
+    assert {name: control.value for name, control in given.items()} == start
+    reached = {name: {values[name] for values in seen} for name in given}
+    assert reached["choice"] == {0, 2, 9} and reached["yes"] == {False, True} and len(reached["text"]) == 2
+    assert reached["whole"] == set(range(1, 10)) and (min(reached["real"]), max(reached["real"])) == (0, 1)
+    assert (min(reached["wide"]), max(reached["wide"])) == pytest.approx((0.01, 100))
+    assert all(sum(values[name] != start[name] for name in given) <= 1 for values in seen)  # one at a time
 
 
 def test_the_sliders_of_a_notebook_are_turned_in_a_kernel(tmp_path, capsys):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rlhf_nb_utils.plots.base import GREY, INK, PlotError, canvas, finite, new_axes, series_look, styled
 
 HATCHES = ("", "//", "\\\\", "--", "||", "x", "+", "/", "\\")  # of lines only: dots and rings take 2 ms a bar to draw
+COLUMNS = 5  # of the legend: two lines of it, or one with few entries, so that hardly a switch moves the frame
 
 
 @styled
@@ -64,14 +65,14 @@ def plot_memory_plan(
     ax.locator_params(axis="x", nbins=6)
     ax.grid(False, axis="y")
     place = {"loc": "lower center"} if ax.figure.get_layout_engine() is None else {"loc": "outside lower center"}
-    ax.figure.legend(*ax.get_legend_handles_labels(), ncols=4, fontsize=9, **place)
+    ax.figure.legend(*ax.get_legend_handles_labels(), ncols=COLUMNS, fontsize=9, **place)
     return ax.figure
 
 
 def _framed(rows: Sequence[str], entries: int):
     """Axes for bars with these names and a legend of so many entries below, laid out by arithmetic: a figure that follows a
     slider has no time to be laid out by measuring every text."""
-    below = 0.62 + 0.19 * math.ceil(entries / 4)
+    below = 0.62 + 0.19 * math.ceil(entries / COLUMNS)
     left = 0.25 + 0.086 * max(map(len, rows))
     width, height = left + 5.2, 0.55 + 0.42 * len(rows) + below
     figure, (ax,) = new_axes(size=(width, height), layout="none")
