@@ -278,11 +278,12 @@ def positions(control) -> tuple[str, list]:
         trait, values = "value", [not control.value]
     else:
         trait, values = "value", [control.value + "!"]
-    return trait, [value for value in values if value != getattr(control, trait)]
+    return trait, [value for value in dict.fromkeys(values) if value != getattr(control, trait)]
 
 
 def turn(box, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds that each control of a `widgets.interactive` takes to move, ``rounds`` times, the others where they stand."""
+    """Milliseconds that each control of a `widgets.interactive` takes to move, in ``rounds`` rounds, the others where they
+    stand. A round that ends in a message, because the settings do not go together, does not count."""
     found = {}
     for name, control in zip(box.names, box.children):
         trait, values = positions(control)
@@ -292,9 +293,11 @@ def turn(box, rounds: int) -> dict[str, list[float]]:
         for value in itertools.islice(itertools.cycle([*values, stands]), rounds):
             began = time.perf_counter()
             setattr(control, trait, value)
-            seconds.append(time.perf_counter() - began)
+            if not box.message.value:
+                seconds.append(time.perf_counter() - began)
         setattr(control, trait, stands)
-        found[name] = [1000 * s for s in seconds]
+        if seconds:
+            found[name] = [1000 * s for s in seconds]
     return found
 
 
@@ -307,7 +310,7 @@ found = {}
 for number, box in sorted(Out.items()):
     if isinstance(box, widgets.Interactive) and hasattr(box, "redraw"):
         for name, times in gauges.turn(box, WARM + REPEATS).items():
-            found[f"In [{number - 1}], {name}"] = times[WARM:]
+            found[f"In [{number - 1}], {name}"] = times[WARM:] or times
 print(json.dumps(found))
 """
 

@@ -25,7 +25,7 @@ import ipywidgets
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.layout_engine import ConstrainedLayoutEngine, PlaceHolderLayoutEngine
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
@@ -253,7 +253,8 @@ class Interactive(ipywidgets.VBox):
 def interactive(plot_fn: Callable, **arguments) -> Interactive:
     """``plot_fn(**values) -> Figure``, drawn again whenever a control moves. Arguments that are not widgets stay fixed.
 
-    A CourseError of ``plot_fn`` is shown in one line above the last good figure.
+    A CourseError of ``plot_fn`` is shown in one line above the last good figure. `plots.new_axes` gives ``plot_fn`` the axes
+    of the last time again: what it sets at all it sets every time, and the figure is not to be kept.
     """
     turned = {name: w for name, w in arguments.items() if isinstance(w, ipywidgets.Widget)}
     image, message, drawn = picture(), ipywidgets.HTML(), Drawing(plot_fn)
@@ -269,7 +270,7 @@ def interactive(plot_fn: Callable, **arguments) -> Interactive:
         widget.observe(redraw, names="value")
     redraw()
     box = Interactive([*turned.values(), message, image])
-    box.names, box.redraw = list(turned), redraw
+    box.names, box.message, box.redraw = list(turned), message, redraw
     return box
 
 
@@ -286,23 +287,28 @@ class Drawing:
 
     def __call__(self, *arguments, **named) -> bytes:
         with fleeting():
-            with self._easel:
-                figure = self._plot_fn(*arguments, **named)
+            return self._drawn(arguments, named)
+
+    def _drawn(self, arguments: tuple, named: dict) -> bytes:
+        with self._easel:
+            figure = self._plot_fn(*arguments, **named)
             self._settle(figure)
             picture = png(figure, self._canvas)
+            self._canvas.figure = None  # not to hold it until the next
             self._places = [ax.get_position(original=True) for ax in figure.axes]
             return picture
 
     def _settle(self, figure) -> None:
-        engine = figure.get_layout_engine()
-        if not isinstance(engine, ConstrainedLayoutEngine):
-            return
-        if len(figure.axes) != len(self._places):
-            engine.set(w_pad=ROOM)
-            return
-        figure.set_layout_engine("none")
-        for ax, place in zip(figure.axes, self._places):
-            ax.set_position(place)
+        if not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine | PlaceHolderLayoutEngine):
+            return  # its function places the axes
+        if len(figure.axes) == len(self._places):
+            figure.set_layout_engine("none")
+            for ax, place in zip(figure.axes, self._places):
+                ax.set_position(place)
+        else:
+            figure.set_layout_engine("constrained", w_pad=ROOM)
+            for ax in figure.axes:
+                ax.set_in_layout(True)  # which a place given takes away
 
 
 @contextmanager

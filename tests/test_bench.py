@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_nb_utils import bench, contests, gauges, plots, widgets
+from rlhf_nb_utils.config import CourseError
 from rlhf_nb_utils.contests import Bar, Contest, Setting
 
 TINY = Setting(1, 64, 40, batch=8, response=4)
@@ -89,6 +90,8 @@ def test_every_control_is_turned_from_end_to_end_and_never_left_where_it_stands(
     seen = []
 
     def draw(**values):
+        if values["odd"]:
+            raise CourseError("does not go with the others")
         seen.append(values)
         return plots.plot_gae({0.5: [1.0]})
 
@@ -96,16 +99,19 @@ def test_every_control_is_turned_from_end_to_end_and_never_left_where_it_stands(
         "choice": ipywidgets.SelectionSlider(options=[("none", 0), ("few", 2), ("many", 9)], value=2),
         "whole": ipywidgets.IntSlider(3, min=1, max=9), "real": ipywidgets.FloatSlider(0.5, min=0.0, max=1.0),
         "wide": ipywidgets.FloatLogSlider(1.0, min=-2, max=2), "yes": ipywidgets.Checkbox(False),
-        "text": ipywidgets.Text("so"), "only": ipywidgets.Dropdown(options=["one"]),
+        "text": ipywidgets.Text("so"), "only": ipywidgets.Dropdown(options=["one"]), "few": ipywidgets.IntSlider(2, min=1, max=4),
+        "odd": ipywidgets.Checkbox(False),
     }  # fmt: skip
     box = widgets.interactive(draw, **given)
     (start,), found = tuple(seen), gauges.turn(box, 9)
-    assert found.keys() == given.keys() - {"only"} and all(len(times) == 9 for times in found.values())
-    assert all(before != after for before, after in itertools.pairwise(seen))
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys(given.keys() - {"only"}, 9) | {"odd": 4}
+    drawn = seen[: -len(found["odd"]) - 1]  # but for those of "odd", every turn shows other values
+    assert all(before != after for before, after in itertools.pairwise(drawn))
     assert {name: control.value for name, control in given.items()} == start
     reached = {name: {values[name] for values in seen} for name in given}
     assert reached["choice"] == {0, 2, 9} and reached["yes"] == {False, True} and len(reached["text"]) == 2
-    assert reached["whole"] == set(range(1, 10)) and (min(reached["real"]), max(reached["real"])) == (0, 1)
+    assert reached["whole"] == set(range(1, 10)) and reached["few"] == {1, 2, 3, 4}
+    assert (min(reached["real"]), max(reached["real"])) == (0, 1)
     assert (min(reached["wide"]), max(reached["wide"])) == pytest.approx((0.01, 100))
     assert all(sum(values[name] != start[name] for name in given) <= 1 for values in seen)  # one at a time
 

@@ -1,12 +1,16 @@
 """Profiles and overrides: bounds hold, and whatever is wrong is named in one line together with what would be right."""
 
 import json
+import os
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
+from rlhf_nb_utils import config
 from rlhf_nb_utils.config import (
     DATA,
+    PROFILE_DIR,
     PROFILES,
     Config,
     ConfigError,
@@ -70,6 +74,20 @@ def test_the_environment_wins_over_the_profile_and_says_so(monkeypatch, capsys):
 def test_runs_follow_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("RLHF_NB_RUNS", str(tmp_path / "elsewhere"))
     assert runs_dir() == tmp_path / "elsewhere" and not runs_dir().exists()
+
+
+def test_a_profile_is_read_again_when_its_file_changes_and_no_override_stays(monkeypatch, tmp_path):
+    given, path = (PROFILE_DIR / "smoke.yaml").read_text(encoding="utf-8"), tmp_path / "smoke.yaml"
+    monkeypatch.setattr(config, "PROFILE_DIR", tmp_path)
+    path.write_text(given, encoding="utf-8")
+    first = read_profile("smoke").ppo.kl_coef
+    assert read_profile("smoke", overrides={"ppo.kl_coef": first + 1}).ppo.kl_coef == first + 1
+    assert read_profile("smoke").ppo.kl_coef == first
+    changed = yaml.safe_load(given)
+    changed["ppo"]["kl_coef"] = first + 2
+    path.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))  # a coarse clock may have stood still
+    assert read_profile("smoke").ppo.kl_coef == first + 2
 
 
 def test_settings_cannot_be_changed_in_place():

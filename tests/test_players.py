@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from recordings import made_up, sick_runs
 
-from rlhf_nb_utils import players, simulator, widgets
+from rlhf_nb_utils import players, plots, simulator, widgets
 from rlhf_nb_utils.clinic import Clinic
 from rlhf_nb_utils.simulator import Point, Simulation
 
@@ -59,6 +59,16 @@ def test_the_buttons_move_the_simulation_and_the_page(recording):
     player.reset.click()
     assert player.simulation.state.phase == "supervised fine-tuning" and player.panel.value == first
     assert player._repr_mimebundle_()["text/plain"].endswith("scenario, β, PPO steps, label noise, Run, Step, Reset")
+
+
+def test_a_step_is_drawn_into_the_axes_of_the_last(recording, monkeypatch):
+    make, made = plots.base._make_axes, []
+    monkeypatch.setattr(plots.base, "_make_axes", lambda *asked: made.append(asked) or make(*asked))
+    player = players.Player(Simulation(recording))
+    blank = player.image.value
+    for _ in range(4):
+        player.step.click()
+    assert len(made) == 1 and player.image.value != blank
 
 
 def test_a_combination_that_was_not_recorded_is_one_line_and_nothing_moves():

@@ -117,13 +117,18 @@ def test_a_figure_can_be_drawn_into_given_axes(name):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_figure_drawn_again_into_its_axes_is_what_it_would_be_in_new_ones(name, monkeypatch):
+    make, made = plots.base._make_axes, []
+
     def pictures():
         monkeypatch.setitem(globals(), "RNG", np.random.default_rng(0))  # examples that draw differ from call to call
         drawn = widgets.Drawing(EXAMPLES[name])
         return [drawn() for _ in range(3)]
 
+    monkeypatch.setattr(plots.base, "_make_axes", lambda *asked: made.append(asked) or make(*asked))
     again = pictures()
-    monkeypatch.setattr(plots.Easel, "axes", lambda _, *asked: plots.base._make_axes(*asked))
+    if name in ("plot_label_noise", "plot_next_tokens", "plot_token_alignment", "plot_gae", "plot_beside", "plot_memory_plan"):
+        assert len(made) == 1  # they are behind sliders
+    monkeypatch.setattr(plots.Easel, "axes", lambda _, *asked: make(*asked))
     assert again == pictures()
 
 
@@ -137,6 +142,7 @@ TRACES = {
     "labels": lambda ax: ax.set(xlabel="x", ylabel="y"),
     "colours": lambda ax: ax.plot([0, 9], [9, 0], label="a line"),
     "bars": lambda ax: ax.bar([1, 2], [3, 4], label="bars"),
+    "a bar less": lambda ax: ax.bar([1, 2], [3, 4], label="bars")[0].remove(),
     "error bars": lambda ax: ax.errorbar([1, 2], [3, 4], [1, 1], label="errors"),
     "patches": lambda ax: ax.axvspan(1, 2),
     "collections": lambda ax: (ax.fill_between([0, 1], [1, 2]), ax.scatter([1], [2]), ax.contourf(np.eye(3))),
@@ -172,11 +178,30 @@ def test_what_was_drawn_before_leaves_no_trace(trace, shared):
     new, easel = widgets.png(draw(plain)), plots.Easel()
     with easel:
         before = draw(TRACES[trace])
+        widgets.png(before)
     with easel:
         after = draw(plain)
-    assert widgets.png(after) == new
+        assert widgets.png(after) == new
     stands_beside = ("categories", "twin", "colour bar", "text of the figure")
     assert (before is after) == (trace not in stands_beside)
+
+
+def test_what_fails_halfway_is_gone_the_next_time():
+    easel = plots.Easel()
+    with easel:
+        first, (ax,) = plots.new_axes()
+    with pytest.raises(ZeroDivisionError), easel:
+        plots.new_axes()
+        ax.plot([1, 2])
+        _ = 1 / 0
+    with easel:
+        again, (ax,) = plots.new_axes()
+        assert again is first and not ax.lines
+    with pytest.raises(TypeError), easel:
+        plots.new_axes()
+        ax.text(0, 0, "cannot be removed").remove = None
+    with easel:
+        assert plots.new_axes()[0] is not first
 
 
 def test_a_second_figure_of_a_function_has_axes_of_its_own():

@@ -203,6 +203,30 @@ def test_the_axes_stay_where_the_first_figure_had_them(monkeypatch):
     assert places[3] != places[0]  # what it would be, had it been laid out anew
 
 
+def test_a_figure_that_gains_axes_is_laid_out_anew_and_one_that_is_drawn_does_not_stay():
+    seen, places = [], []
+
+    @plots.styled
+    def draw(beside):
+        figure, (ax,) = plots.new_axes()
+        ax.plot([0, 1], label="line")
+        ax.legend()
+        if beside:
+            ax.twinx().set_ylabel("a long label\nin two lines")
+        seen.append((weakref.ref(figure), weakref.ref(ax.get_legend())))
+        return figure
+
+    drawn = widgets.Drawing(draw)
+    for beside in (False, False, True, True, True, False):
+        drawn(beside)
+        places.append([place.bounds for place in drawn._places])
+    assert places[0] == places[1] and places[2] == places[3] and len(places[2]) == 2
+    assert places[2][0][2] < places[0][0][2] - 0.02  # room for the label
+    first, second, _gained, *beside, last = seen  # one that was kept and gained axes has to wait for the collector
+    assert not any(legend() for _, legend in (first, second, *beside, last))
+    assert not any(figure() for figure, _ in beside) and last[0]()  # for the next
+
+
 def test_an_error_while_turning_is_shown_in_one_line_and_the_figure_stays():
     def draw(lam):
         if lam > 0.96:

@@ -88,8 +88,8 @@ def styled(function):
 
 class Easel:
     """Holds the figure of one function that draws again and again, as a slider asks. Within ``with easel:`` the first call of
-    `new_axes` gets the axes of the last time, emptied, if it asks for the same: to make axes and ticks takes a third of a
-    small figure's time. What a function sets only now and then (a spine hidden, a grid off) would stay."""
+    `new_axes` gets the axes of the last time, emptied, if it asks for the same: they and their ticks take long to make.
+    What a function sets only now and then (a spine hidden, a grid off) would stay."""
 
     in_use: Easel | None = None
 
@@ -103,17 +103,19 @@ class Easel:
 
     def __exit__(self, *_) -> None:
         Easel.in_use = None
+        kept, self._axes = self._axes, []  # should it fail, the next drawing has new ones
+        if _can_be_kept(kept):
+            _empty(kept)
+            self._axes = kept
 
     def axes(self, *asked) -> list:
-        """The axes to draw into, as `new_axes` was ``asked`` for them."""
+        """The axes to draw into, as `new_axes` was ``asked`` for them: values that can be compared."""
         Easel.in_use = None  # the function's second figure is another
-        if self._asked != asked or not _can_be_emptied(self._axes):
-            self._asked, self._axes = asked, _make_axes(*asked)
-        else:
-            for artist in [*self._axes[0].figure.legends]:
-                artist.remove()
+        if self._axes and self._asked == asked:
             for ax in self._axes:
-                _empty(ax)
+                _reset(ax)
+        else:
+            self._asked, self._axes = asked, _make_axes(*asked)
         return self._axes
 
 
@@ -123,26 +125,32 @@ def _make_axes(rows: int, columns: int, size: tuple[float, float], kwargs: dict)
     return list(axes.flat)
 
 
-def _can_be_emptied(axes: list) -> bool:
-    """Not a colour bar's axes beside these, nor an axis that has learned categories."""
+def _can_be_kept(axes: list) -> bool:
+    """Whether nothing would be left: no colour bar's axes beside these, no axis that has learned categories."""
     if not axes:
         return False
     figure, both = axes[0].figure, [axis for ax in axes for axis in (ax.xaxis, ax.yaxis)]
     return figure.get_children() == [figure.patch, *axes, *figure.legends] and not any(axis.have_units() for axis in both)
 
 
-def _empty(ax) -> None:
-    """As made, but for ticks and frame. ``ax.clear()`` would make those anew, which is what takes the time."""
-    legend = [ax.get_legend()] if ax.get_legend() else []
-    for artist in [*ax.containers, *legend]:
+def _empty(axes: list) -> None:
+    legends = [ax.get_legend() for ax in axes if ax.get_legend()]
+    for artist in [*axes[0].figure.legends, *legends]:
         artist.remove()
-    for artist in [*ax.lines, *ax.patches, *ax.collections, *ax.texts, *ax.images, *ax.artists, *ax.tables, *ax.child_axes]:
-        artist.remove()
+    for ax in axes:
+        for artist in [*ax.lines, *ax.patches, *ax.collections, *ax.texts, *ax.images, *ax.artists, *ax.tables, *ax.child_axes]:
+            artist.remove()
+        ax.containers.clear()
+
+
+def _reset(ax) -> None:
+    """As made, but for ticks and looks (fonts, colours, frame, grid). ``ax.clear()`` would make the ticks anew."""
     for place in ("left", "center", "right"):
         ax.set_title("", loc=place)
     ax.set(xlabel="", ylabel="", xscale="linear", yscale="linear")
     ax.margins(matplotlib.rcParams["axes.xmargin"], matplotlib.rcParams["axes.ymargin"], tight=None)
     ax.relim()
+    ax.dataLim.minpos = np.inf
     ax.set_xlim(0, 1, auto=True)
     ax.set_ylim(0, 1, auto=True)
     ax.set_prop_cycle(None)
