@@ -104,10 +104,12 @@ def report(kept: Mapping[str, Mapping], folder: Path) -> str:
 
 def machine() -> str:
     """The machine in words."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        lines = [] if torch.cuda.is_available() else Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    if torch.cuda.is_available():
+        name = f"{torch.cuda.get_device_name()} beside {name}"  # on which the offloaded optimizer works
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -155,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, help="these contests alone")
     parser.add_argument("--device", choices=("auto", *DEVICES), default="auto", help="auto: a GPU, if there is one")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that are counted")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, help="of the CPU; 2 by default, beside a GPU all cores")
     args = parser.parse_args(given)
     if args.repeats < 5:
         raise BenchError("--repeats must be at least 5: a median of fewer says nothing of the spread")
@@ -170,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise BenchError(f"{', '.join(missing)} cannot be imported from {os.environ['RLHF_NB_PEERS']}: remove that folder")
     if missing:
         return with_peers(missing, given)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or (2 if device == "cpu" else os.cpu_count() or 2))
     found, kept = hold(chosen, args.repeats), kept_results(path)
     earlier = kept.get(device, {}) if args.only and kept.get(device, {}).get("machine") == machine() else {}
     kept[device] = {"machine": machine(), "repeats": args.repeats, "found": earlier.get("found", {}) | found}

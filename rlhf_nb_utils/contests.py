@@ -142,6 +142,9 @@ def prompts(count: int, vocabulary: int) -> list[str]:
 def ppo_contest(setting: Setting, device: str, folder: Path) -> Contest:
     names = ("as shipped, separate critic in both", "its gc.collect removed", "… and our shared critic")
     what = f"PPO iteration against TRL 1.12.0; {setting.name}"
+    alone = f"TRL's iteration, gc.collect removed, against its passes alone; {setting.name}"
+    bars = [Bar(f"{what}: {name}", asked) for name, asked in zip(names, setting.asked)]
+    bars += [Bar(f"{alone}: {name}") for name in ("separate critic", "shared critic")]
 
     def hold(repeats: int) -> list[Figures]:
         peer = peers.Trainer(functools.partial(_trainer, setting, folder, device))
@@ -151,13 +154,16 @@ def ppo_contest(setting: Setting, device: str, folder: Path) -> Contest:
                 "peer, no gc": lambda: peer.iterate(False),
                 "separate": ours(setting, "separate", device),
                 "shared": ours(setting, "shared", device),
+                "separate alone": passes(setting, True, device),
+                "shared alone": passes(setting, False, device),
             },
             repeats,
         )
-        pairs = (("peer", "separate"), ("peer, no gc", "separate"), ("peer, no gc", "shared"))
+        pairs = [("peer", "separate"), ("peer, no gc", "separate"), ("peer, no gc", "shared")]
+        pairs += [("peer, no gc", "separate alone"), ("peer, no gc", "shared alone")]
         return [ratios(seconds[slow], seconds[fast]) for slow, fast in pairs]
 
-    return Contest("ppo", tuple(Bar(f"{what}: {n}", asked) for n, asked in zip(names, setting.asked)), hold, ("trl",))
+    return Contest("ppo", tuple(bars), hold, ("trl",))
 
 
 def ours(setting: Setting, critic: str, device: str = "cpu") -> Callable[[], None]:
@@ -168,6 +174,50 @@ def ours(setting: Setting, critic: str, device: str = "cpu") -> Callable[[], Non
     reward_fn = scorer(setting, tokenizer, device)
     state = ppo.prepare(policy, models.frozen_copy(policy), reward_fn, asked, tokenizer, cfg)
     return lambda: ppo.train(state, reward_fn, asked, tokenizer, ppo_config(setting, critic, state.iteration + 1)) and None
+
+
+def passes(setting: Setting, separate: bool, device: str = "cpu") -> Callable[[], None]:
+    """What no PPO iteration of these models can do without: as many greedy tokens, the passes of the frozen models, and in
+    every minibatch forward, cross-entropy, backward and a fused AdamW step. No masks, advantages, clips, norms or texts."""
+    policy, reference = (language_model(setting).to(device) for _ in range(2))
+    judge, critic = classifier(setting).to(device), classifier(setting).to(device)
+    trained = [*policy.parameters(), *(critic.parameters() if separate else ())]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    queries = torch.randint(setting.vocabulary - 2, (setting.batch, QUERY), device=device)
+
+    def step(ids: torch.Tensor) -> None:
+        response = ids[:, QUERY:]
+        logits = policy(input_ids=ids, logits_to_keep=response.shape[1] + 1).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), response.flatten())
+        if separate:
+            loss = loss + critic.score(critic.transformer(input_ids=ids).last_hidden_state).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def run() -> None:
+        ids = greedy(policy, queries, torch.ones_like(queries), setting.response)
+        with torch.no_grad():
+            reference(input_ids=ids, logits_to_keep=setting.response + 1)
+            for model in (judge, critic)[: 1 + separate]:
+                model.transformer(input_ids=ids)
+        for _ in range(EPOCHS):
+            for part in ids.chunk(MINI_BATCHES):
+                step(part)
+
+    return run
+
+
+@torch.no_grad()
+def greedy(lm, ids: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
+    """ids (B, Q) and ``length`` tokens more: transformers' own cache, the likeliest token each time, nothing else kept."""
+    mask, cache, tokens = mask.long(), None, [ids]
+    for _ in range(length):
+        out = lm(input_ids=tokens[-1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        tokens.append(out.logits[:, -1:].argmax(-1))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return torch.cat(tokens, 1)
 
 
 def ppo_config(setting: Setting, critic: str, iterations: int) -> Config:
@@ -263,15 +313,10 @@ def generated(policy, queries: list[list[int]], length: int, tokenizer) -> None:
     scores.log_softmax(-1).gather(-1, out.sequences[:, ids.shape[1] :, None])
 
 
-@torch.no_grad()
 def passes_alone(policy, queries: list[list[int]], length: int, tokenizer) -> None:
-    """As many forward passes of transformers' model with its own cache, the likeliest token each time and nothing kept."""
+    """As many forward passes over the same padded queries."""
     ids, mask = rollouts.pad_queries(queries, tokenizer.pad_token_id, policy.device)
-    mask, cache = mask.long(), None
-    for _ in range(length):
-        out = policy.lm(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    greedy(policy.lm, ids, mask, length)
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------

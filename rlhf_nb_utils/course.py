@@ -155,7 +155,8 @@ def _train(args: argparse.Namespace) -> None:
         from . import memory, phases
 
         cfg = _config(args)
-        print(memory.report(cfg, args.query, phases.measure(cfg, args.query) if args.measure else None))
+        found = phases.measure(cfg, args.query) if args.measure else {}
+        print(memory.report(cfg, args.query, {phase: size + memory.CONTEXT for phase, size in found.items()} or None))
     elif args.command == "learn":
         from . import ablations
         from .learn_table import learn

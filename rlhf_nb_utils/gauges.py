@@ -29,7 +29,8 @@ from rlhf_nb_utils.offload import CPUOffloadAdamW
 
 
 def fidelity_contest(device: str, setting: Setting = SMALL) -> Contest:
-    """Fifty steps fed identical gradients, beside fp32 ``torch.optim.AdamW`` with ``clip_grad_norm_`` at a rate of 1e-5."""
+    """Fifty steps fed identical gradients, beside fp32 ``torch.optim.AdamW`` with ``clip_grad_norm_`` at a rate of 1e-5.
+    A difference is relative to the largest weight of its tensor."""
     what = "50 steps, largest relative difference of the fp32 master from AdamW's weights"
     bars = (
         Bar(f"{what}: fp32 weights", 1e-6, "≤", ""),
@@ -84,7 +85,7 @@ def logprob_contest(device: str, bf16: bool, setting: Setting = SMALL, asked: fl
     """What was kept from sampling against a fresh pass over the same tokens; on a device in bf16, as PPO's first step has it."""
     bars = (Bar("sampled against recomputed logprobs, largest difference, nats", asked, "≤", ""),)
     if bf16:
-        bars += (Bar("… share of tokens that PPO's first step would clip", None, "≤", ""),)
+        bars += (Bar("… share of tokens beyond PPO's clip range before its first step", None, "≤", ""),)
 
     @torch.no_grad()
     def hold(_repeats: int) -> list[Figures]:

@@ -183,8 +183,8 @@ _ALL = (
     Mistake(
         "no KL penalty",
         "Nothing holds the policy near the reference: β is 0.",
-        "`kl` climbs to more than twenty times the healthy run's before it levels off, at a score that ends about twice as "
-        "high; no KL is taken off `reward`. The samples fall apart into words that reward model and annotator like.",
+        "`kl` climbs to more than twenty times the healthy run's before it levels off, and the score rises almost twice as "
+        "far; no KL is taken off `reward`. The samples fall apart into words that reward model and annotator like.",
         "Set `ppo.kl_coef` to the β at which KL and score come to rest together.",
         settings=lambda ppo: {"kl_coef": 0.0},
     ),

@@ -66,7 +66,8 @@ class _Bucket:
 class CPUOffloadAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2; as in torch, the decay too is times lr), fp32 master and moments on the host.
 
-    Arguments, parameter groups, schedulers and state dicts are those of ``torch.optim.AdamW``; besides:
+    Arguments (but for ``foreach``, ``fused``, ``capturable`` and ``differentiable``: how a step is computed is settled here),
+    parameter groups, schedulers and state dicts are those of ``torch.optim.AdamW``; besides:
 
     max_grad_norm: the global norm to which `step` clips the gradients of all groups together, or None.
     stream_gradients: free each gradient on the device once it is copied out, instead of at `zero_grad`. Micro-batches are then

@@ -8,6 +8,7 @@ that is `memory`.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import math
 import operator
@@ -224,6 +225,7 @@ class _Allocated:
     """The most that the CUDA allocator had given out since it was entered."""
 
     def __enter__(self):
+        gc.collect()  # what earlier models left in cycles is not this phase's
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return self

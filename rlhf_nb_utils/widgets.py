@@ -36,6 +36,7 @@ CELL = "padding:3px 10px;text-align:left;vertical-align:top;border-bottom:1px so
 BOX = "border-collapse:collapse;color:#222222;background:#ffffff;font-size:13px"
 OFF = "off"  # what a control holds for None, which ipywidgets takes for "nothing selected"
 ROOM = 0.2  # inches beside the axes of a figure whose tick labels may grow
+SAMPLES = 3  # below live curves
 LOG_FROM = 50  # a bound this many times the value in use calls for a logarithmic control
 
 
@@ -349,9 +350,9 @@ def png(figure, canvas: FigureCanvasAgg | None = None) -> bytes:
 class LiveCurves:
     """Callback that follows a run: curves redrawn in place in the browser, plain lines elsewhere.
 
-    Call it with whatever the trainer's callback gets; the first mapping in it is the row of metrics. Use as a context
-    manager, or call ``close``, so that the last row is shown. ``every``: rows per line of text; ``seconds``: the least
-    time between two drawings.
+    Call it with whatever the trainer's callback gets; the first mapping in it is the row of metrics, and a list of (query,
+    response) pairs are samples: the browser shows a few below the curves. Use as a context manager, or call ``close``, so
+    that the last row is shown. ``every``: rows per line of text; ``seconds``: the least time between two drawings.
     """
 
     def __init__(self, *keys: str, x: str = "step", smoothing: float = 0.0, every: int = 10, seconds: float = 1.0):
@@ -359,13 +360,15 @@ class LiveCurves:
             raise CourseError("LiveCurves needs the names of the metrics to follow, such as 'score', 'kl'")
         self.keys, self.x, self.smoothing, self.every, self.seconds = keys, x, smoothing, every, seconds
         self.rows: list[dict] = []
-        self._browser, self._handle, self._drawn, self._shown = in_browser(), None, -math.inf, 0
+        self._browser, self._handles, self._drawn, self._shown = in_browser(), {}, -math.inf, 0
+        self._samples: Sequence = ()
 
     def __call__(self, *arguments, **named) -> None:
         row = next((a for a in (*arguments, *named.values()) if isinstance(a, Mapping)), None)
         if row is None:
             raise CourseError("LiveCurves was called without a row of metrics: pass it as the trainer's callback")
         self.rows.append(dict(row))
+        self._samples = next((a for a in arguments if isinstance(a, list) and a and isinstance(a[0], tuple)), self._samples)
         if self._browser and time.monotonic() - self._drawn >= self.seconds:
             self._draw()
         elif not self._browser and (len(self.rows) == 1 or len(self.rows) % self.every == 0):
@@ -381,11 +384,16 @@ class LiveCurves:
         if not keys:
             return
         figure = plots.plot_curves(self.rows, *keys, x=self.x, smoothing=self.smoothing)
-        if self._handle is None:
-            self._handle = display(figure, display_id=True)
-        else:
-            self._handle.update(figure)
+        self._put("curves", figure)
+        if self._samples:
+            self._put("samples", Table(("query", "response"), tuple(self._samples[:SAMPLES]), ("30%", "70%")))
         self._drawn, self._shown = time.monotonic(), len(self.rows)
+
+    def _put(self, name: str, shown) -> None:
+        if name in self._handles:
+            self._handles[name].update(shown)
+        else:
+            self._handles[name] = display(shown, display_id=True)
 
     def close(self) -> None:
         """Shows the last row, if it is not shown yet."""

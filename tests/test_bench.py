@@ -173,6 +173,29 @@ def test_forward_passes_alone_are_as_many_as_tokens_are_sampled(monkeypatch):
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_the_passes_alone_are_those_of_an_iteration_and_train_the_policy_and_no_frozen_model(monkeypatch, separate):
+    made, calls = [], []
+
+    def recorded(make):
+        def one(setting):
+            model, number = make(setting), len(made)
+            (model.transformer if hasattr(model, "score") else model).register_forward_hook(lambda *_: calls.append(number))
+            made.append((model, {name: p.detach().clone() for name, p in model.named_parameters()}))
+            return model
+
+        return one
+
+    for name in ("language_model", "classifier"):
+        monkeypatch.setattr(contests, name, recorded(getattr(contests, name)))
+    contests.passes(TINY, separate)()
+    updates = contests.EPOCHS * contests.MINI_BATCHES
+    expected = [TINY.response + updates, 1, 1, (1 + updates) * separate]  # policy, reference, reward model, critic
+    assert [calls.count(number) for number in range(4)] == expected
+    moved = [any(not torch.equal(p, start[name]) for name, p in model.named_parameters()) for model, start in made]
+    assert moved == [True, False, False, separate]
+
+
 def test_the_offloaded_step_is_adamws_and_bf16_without_a_master_fails():
     contest = gauges.fidelity_contest("cpu", TINY)
     figures = dict(zip(contest.bars, contest.hold(1)))

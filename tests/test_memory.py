@@ -279,6 +279,14 @@ def test_the_command_prints_the_ledger_and_the_cards(capsys, tiny):
         assert "CUDA" in capsys.readouterr().err
 
 
+def test_what_the_command_measures_stands_beside_the_plan_with_the_context(monkeypatch, capsys, tiny):
+    monkeypatch.setattr(phases, "measure", lambda cfg, query: {"update": 100.0})
+    settings = [f"{name}={value}" for name, value in tiny.items()]
+    assert main(["plan", "--profile", "cpu", "--query", "8", "--measure", "--set", *settings]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("measured"))
+    assert float(line.split()[-3].replace(",", "")) == 100 + CONTEXT
+
+
 def test_the_table_puts_measured_beside_planned(tiny):
     found = plan(load_config("cpu", 0, tiny), 8)
     (line,) = (line for line in found.table({"update": 12.0}).splitlines() if line.startswith("measured"))

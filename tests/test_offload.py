@@ -226,6 +226,31 @@ def test_state_dicts_go_to_plain_adamw_and_back():
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(net.parameters(), there.parameters()))
 
 
+def test_with_bf16_weights_plain_adamw_goes_on_from_a_masters_state_and_a_master_is_made_from_its_weights():
+    net = model(torch.bfloat16)
+    ours = CPUOffloadAdamW(net.parameters(), **SETTINGS)
+    feed(net, gradients(net, 0))
+    ours.step()
+    there = copy.deepcopy(net)
+    theirs = torch.optim.AdamW(there.parameters(), lr=9.0)
+    theirs.load_state_dict(ours.state_dict())  # which casts: torch's AdamW keeps what its weights are
+    assert theirs.param_groups[0]["lr"] == SETTINGS["lr"]
+    for state, own in zip(theirs.state.values(), ours.state.values()):
+        assert state["exp_avg"].dtype == torch.bfloat16 and torch.equal(state["exp_avg"], own["exp_avg"].bfloat16())
+    feed(there, gradients(net, 1))
+    theirs.step()
+    back, last = copy.deepcopy(there), copy.deepcopy(theirs.state_dict())
+    for state in last["state"].values():
+        state.pop("master", None)  # plain AdamW has none of its own
+    fresh = CPUOffloadAdamW(back.parameters(), lr=9.0)
+    fresh.load_state_dict(last)
+    assert all(torch.equal(m, p.float()) for m, p in zip(masters(fresh, back), back.parameters()))
+    feed(back, gradients(net, 2))
+    fresh.step()
+    assert all(state["exp_avg"].dtype == torch.float32 for state in fresh.state.values())
+    assert not any(torch.equal(p, q) for p, q in zip(back.parameters(), there.parameters()))
+
+
 def test_the_state_of_bf16_weights_survives_plain_adamws_layout_and_a_checkpoint(tmp_path):
     """A master goes through safetensors; loading does not cast fp32 moments to bf16 (mistake 7)."""
     net = model(torch.bfloat16)

@@ -316,6 +316,29 @@ def test_live_curves_redraw_one_figure_in_place_in_the_browser(monkeypatch):
     assert len(shown) == drawn + 1 and shown[-1][1].axes[0].lines[0].get_ydata().tolist() == [1, 2, 3]
 
 
+def test_live_curves_show_the_latest_samples_below_them(monkeypatch):
+    shown = []
+
+    class Handle:
+        def __init__(self, name):
+            self.name = name
+
+        def update(self, what):
+            shown.append((self.name, what))
+
+    def display(what, display_id):
+        shown.append((len(shown), what))
+        return Handle(len(shown) - 1)
+
+    monkeypatch.setattr(widgets, "in_browser", lambda: True)
+    monkeypatch.setattr(widgets, "display", display)
+    with widgets.LiveCurves("kl", seconds=0) as live:
+        for kl in (1.0, 2.0):
+            live(object(), {"kl": kl}, [(f"query {kl:g}", f"<b>{i}</b>") for i in range(9)])
+    assert [name for name, _ in shown] == [0, 1, 0, 1]
+    assert shown[-1][1].rows == tuple(("query 2", f"<b>{i}</b>") for i in range(3)) and "&lt;b&gt;" in shown[-1][1]._repr_html_()
+
+
 def test_live_curves_need_keys_and_a_row():
     with pytest.raises(CourseError, match="names of the metrics"):
         widgets.LiveCurves()

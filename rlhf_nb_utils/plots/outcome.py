@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from rlhf_nb_utils.plots.base import GREY, INK, PlotError, canvas, finite, finite_series, new_axes, series_look, styled
+
+HALO = withStroke(linewidth=3, foreground="white")  # a line may pass behind a note
 
 
 @styled
@@ -30,8 +33,12 @@ def plot_reward_kl_frontier(
         error = None if points.shape[1] == 2 else np.stack([points[:, 1] - points[:, 2], points[:, 3] - points[:, 1]])
         ax.errorbar(points[:, 0], points[:, 1], error, **series_look(index), label=name)
         texts = (notes or {}).get(name, ())
-        for text, (kl, score) in zip(texts, points[:, :2]):
-            ax.annotate(text, (kl, score), (5, -12), textcoords="offset points", fontsize=9, color=series_look(index)["color"])
+        falls = [*(np.diff(points[:, 1]) < 0), False]  # a note stands on the other side of the line that leaves its point
+        for text, (kl, score), fall in zip(texts, points[:, :2], falls):
+            look = {"fontsize": 9, "color": series_look(index)["color"], "path_effects": [HALO]}
+            ax.annotate(text, (kl, score), (6, 5 if fall else -13), textcoords="offset points", **look)
+    if notes:
+        ax.margins(y=0.1)  # room below the lowest point
     ax.set(xlabel="KL(policy ‖ reference), nats per response", ylabel=ylabel)
     ax.legend()
     return ax.figure
