@@ -134,6 +134,8 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Te
     For optimizers that keep what they know in ``.state`` and ``.param_groups``, as those of torch do.
     """
     tensors, scalars, on_host = {}, {}, []
+    if isinstance(optimizer, CPUOffloadAdamW):
+        optimizer.synchronize()
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):

@@ -131,8 +131,9 @@ def gpt2_config(setting: Setting):
     )  # fmt: skip
 
 
-def prompts(count: int, vocabulary: int) -> list[str]:
-    ids = torch.randint(vocabulary - 2, (count, QUERY), generator=torch.Generator().manual_seed(1))
+def prompts(count: int, vocabulary: int, length: int = QUERY) -> list[str]:
+    """Texts of ``length`` tokens each, of the `word_tokenizer` with that many words."""
+    ids = torch.randint(vocabulary - 2, (count, length), generator=torch.Generator().manual_seed(1))
     return [" ".join(map(str, row)) + " " for row in ids.tolist()]
 
 

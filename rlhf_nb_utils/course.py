@@ -152,11 +152,10 @@ def _train(args: argparse.Namespace) -> None:
     if args.command == "stage":
         print(stage(args.name, _config(args)))
     elif args.command == "plan":
-        from . import memory, phases
+        from . import memory
 
         cfg = _config(args)
-        found = phases.measure(cfg, args.query) if args.measure else {}
-        print(memory.report(cfg, args.query, {phase: size + memory.CONTEXT for phase, size in found.items()} or None))
+        print(memory.report(cfg, args.query, memory.measured(cfg, args.query) if args.measure else None))
     elif args.command == "learn":
         from . import ablations
         from .learn_table import learn

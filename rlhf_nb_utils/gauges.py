@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_nb_utils import clinic, contests, memory, models, phases, players, rollouts, runner, simulator, tensor_ops
+from rlhf_nb_utils import clinic, contests, memory, models, phases, players, ppo, rollouts, runner, savings, simulator, tensor_ops
 from rlhf_nb_utils.config import Config, RolloutsConfig, load_config
 from rlhf_nb_utils.contests import SMALL, Bar, Contest, Figures, Setting, race
 from rlhf_nb_utils.offload import CPUOffloadAdamW
@@ -116,45 +116,95 @@ EVERY_SWITCH = {
 CAP = 11  # GiB that an allocator may give out
 
 
+QUERY = 64  # tokens of a prompt: with the response 256
+
+
 def memory_contest() -> Contest:
-    """What is planned for GPT-2 XL on a card: nothing is drawn or timed, so there is one figure a phase."""
+    """What is planned for GPT-2 XL on a card, and how long one waits for a plan of which nothing is known yet."""
     what, asked = "GPT-2 XL planned, 8 × 256, rollout of 32 × 192, every switch but adapters", {"update": 7.0}
-    bars = tuple(Bar(f"{what}: {phase}", asked.get(phase, 9.5), "≤", " GiB") for phase in phases.PHASES)
+    bars = [Bar(f"{what}: {phase}", asked.get(phase, 9.5), "≤", " GiB") for phase in phases.PHASES]
+    bars += [Bar(f"`course plan` from nothing: {name}", 60, "≤", " s") for name in ("GPT-2 XL", "gpu-12gb-1b")]
 
     def hold(_repeats: int) -> list[Figures]:
-        planned = memory.plan(load_config("gpu-12gb", 0, XL | EVERY_SWITCH), query=64)
-        return [[planned.total(phase) / 1024] for phase in phases.PHASES]
+        wanted = load_config("gpu-12gb", 0, XL | EVERY_SWITCH), load_config("gpu-12gb-1b")
+        seconds = [[seconds_to_report(cfg)] for cfg in wanted]
+        planned = memory.plan(wanted[0], QUERY)
+        return [*([planned.total(phase) / 1024] for phase in phases.PHASES), *seconds]
 
-    return Contest("memory", bars, hold)
+    return Contest("memory", tuple(bars), hold)
+
+
+def seconds_to_report(cfg: Config) -> float:
+    """Of `memory.report`, which ``course plan`` prints, where no phase has been traced yet."""
+    with phases.forgotten():
+        began = time.perf_counter()
+        memory.report(cfg)
+        return time.perf_counter() - began
 
 
 def card_contest() -> Contest:
-    """GPT-2 XL for two iterations on a device whose allocator may give out 11 GiB, and plain AdamW on the same."""
-    what = f"GPT-2 XL, 8 × 256, rollout of 32 × 192, cap {CAP} GiB"
-    bars = (
-        Bar(f"{what}, every switch but adapters: attempts that come through two iterations", 1, "≥", " of 1"),
-        Bar(f"{what}, every switch but adapters: their highest moment", None, "≤", " GiB"),
-        Bar(f"{what}, plain AdamW: attempts that run out of memory", 1, "≥", " of 1"),
-    )
+    """Two PPO iterations on a device whose allocator may give out 11 GiB, by two large policies, and plain AdamW on the same."""
+    lean = {
+        f"GPT-2 XL, 8 × 256, rollout of 32 × 192, cap {CAP} GiB, every switch but adapters": (
+            "gpu-12gb",
+            XL | EVERY_SWITCH,
+            QUERY,
+        ),
+        f"TinyLlama 1.1 B as gpu-12gb-1b has it, cap {CAP} GiB": ("gpu-12gb-1b", {}, None),
+    }
+    bars = []
+    for what in lean:
+        bars.append(Bar(f"{what}: attempts that come through two iterations", 1, "≥", " of 1"))
+        bars += [Bar(f"{what}: most {kind} there", None, "≤", " GiB") for kind in ("given out", "reserved")]
+    bars.append(Bar(f"GPT-2 XL, the same sizes, cap {CAP} GiB, plain AdamW: attempts that run out of memory", 1, "≥", " of 1"))
 
     def hold(_repeats: int) -> list[Figures]:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP * 2**30 / whole))
+        found: list[Figures] = []
         try:
-            peaks, plain = _highest(XL | EVERY_SWITCH), _highest(XL)
+            for profile, changes, query in lean.values():
+                peaks = _highest(load_config(profile, 0, changes), query)
+                found += [[float(bool(peaks))], peaks[:1], peaks[1:]]
+            found.append([float(not _highest(load_config("gpu-12gb", 0, XL), QUERY))])
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        return [[float(bool(peaks))], peaks, [float(not plain)]]
+        return found
 
-    return Contest("card", bars, hold)
+    return Contest("card", tuple(bars), hold)
 
 
-def _highest(changes: dict) -> list[float]:
-    """GiB at the highest moment of two iterations on a CUDA device; nothing where it ran out of memory."""
+def _highest(cfg: Config, query: int | None) -> list[float]:
+    """GiB that a CUDA allocator gave out, and reserved, at most in two iterations; nothing where it ran out of memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     try:
-        return [max(max(phases.measure(load_config("gpu-12gb", 0, changes), 64).values()) for _ in range(2)) / 1024]
+        iterate(cfg, query, 2)
     except torch.OutOfMemoryError:
         return []
+    return [torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30]
+
+
+def iterate(cfg: Config, query: int | None, iterations: int) -> ppo.TrainState:
+    """PPO as a run does it, `ppo.prepare` and `ppo.train`, by models of the right shapes with random weights.
+
+    Prompts of ``query`` tokens, or as many as `phases.Sizes` takes for them. The reward model reads as many tokens as the
+    settings let it, and what it says is taken for the score.
+    """
+    device, cfg = models.pick_device(cfg.device), memory.changed(cfg, {"ppo.iterations": iterations})
+    made, sizes = phases.Models.of(cfg, device), phases.Sizes.of(cfg, query)
+    tokenizer = contests.word_tokenizer(made.policy.lm.config.vocab_size)
+    prompts = contests.prompts(cfg.ppo.batch_size, len(tokenizer), sizes.query)
+
+    @torch.no_grad()
+    def reward_fn(queries: list[str], _responses: list[str]) -> torch.Tensor:
+        with savings.at_work(made.judge):
+            ids = torch.randint(1, 100, (len(queries), sizes.scored_tokens), device=device)
+            return torch.cat([made.judge(part, torch.ones_like(part)) for part in ids.split(phases.SCORED)])
+
+    state = ppo.prepare(made.policy, made.reference, reward_fn, prompts, tokenizer, cfg)
+    return ppo.train(state, reward_fn, prompts, tokenizer, cfg)
 
 
 def planner_contest(device: str) -> Contest:
@@ -186,19 +236,15 @@ def _planned_settings(device: str, folder: Path) -> list[Config]:
 
 def _furthest_off(cfg: Config) -> float:
     """Per cent between what is planned for a phase and what it takes, where that is most."""
-    counted = contextlib.nullcontext() if cfg.device == "cuda" else Live()
-    with counted as live:
-        found = phases.measure(cfg, 8, live and live.watch)
-    planned, off = memory.plan(cfg, 8), []
-    for phase, size in found.items():
-        steps = (phase, "optimizer step") if phase == "update" else (phase,)
-        expected = max(planned.total(step) - planned.phases[step]["context"] for step in steps)
-        off.append(100 * abs(expected / size - 1))
-    return max(off)
+    with contextlib.nullcontext() if cfg.device == "cuda" else Live() as live:
+        found = phases.measure(cfg, 8, live)
+    planned = memory.plan(cfg, 8)
+    expected = {phase: planned.total(phase) - planned.phases[phase]["context"] for phase in found}
+    return max(100 * abs(expected[phase] / sum(lines.values()) - 1) for phase, lines in found.items())
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made in it for as long as they live; ``watch()`` is a context with their ``peak``."""
+    """Counts the bytes of all storages made in it for as long as they live: ``now``, and ``peak`` since the last ``reset``."""
 
     def __init__(self):
         super().__init__()
@@ -224,21 +270,9 @@ class Live(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-    def watch(self):
+    def reset(self) -> None:
         gc.collect()
         self.peak = self.now
-        return _Seen(self)
-
-
-class _Seen:
-    def __init__(self, live: Live):
-        self.live, self.peak = live, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.peak = self.live.peak
 
 
 # --- widgets ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ turn where a card is too small. Does not know what a kernel needs as workspace a
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 
 from rlhf_nb_utils import shapes, tracing
 from rlhf_nb_utils.config import Config, load_config
-from rlhf_nb_utils.phases import BEFORE, MIB, PHASES, Sizes, traced
+from rlhf_nb_utils.phases import BEFORE, MIB, MOVING, PHASES, Sizes, annotates, measure, traced
 
 CONTEXT = 900  # of CUDA, its libraries, and an allocator's fragments
 CARDS = (8, 12, 16, 24)  # GiB
@@ -68,18 +67,20 @@ class Plan:
         """Whether a card of that size will do for all of them, with `RESERVED` to spare."""
         return self.total(self.highest) <= 1024 * (gib - RESERVED)
 
-    def table(self, measured: dict[str, float] | None = None) -> str:
-        """The ledger, a column for each phase; with what `measure` found as a last line."""
-        names = [line for line in LINES if any(round(phase.get(line, 0)) for phase in self.phases.values())]
-        rows = [(line, [self.phases[phase].get(line, 0) for phase in self.phases]) for line in names]
-        rows.append(("total", [self.total(phase) for phase in self.phases]))
-        if measured:
-            rows.append(("measured", [measured.get(phase, math.nan) for phase in self.phases]))
-        widths = [max(len(phase), 7) for phase in self.phases]
-        out = [self.title, "  ".join([f"{'MiB':<12}", *(phase.rjust(w) for phase, w in zip(self.phases, widths))])]
-        for name, values in rows:
-            cells = ("not measured" if math.isnan(v) else f"{v:,.0f}" for v in values)
-            out.append("  ".join([f"{name:<12}", *(cell.rjust(w) for cell, w in zip(cells, widths))]))
+    def rows(self) -> list[tuple[str, list[float]]]:
+        """(line, MiB in each phase), then the total; lines that are nowhere are left out."""
+        named = [*LINES, MOVING]
+        names = [line for line in named if any(round(phase.get(line, 0)) for phase in self.phases.values())]
+        rows = [(line, [phase.get(line, 0.0) for phase in self.phases.values()]) for line in names]
+        return [*rows, ("total", [self.total(phase) for phase in self.phases])]
+
+    def table(self, measured: Plan | None = None) -> str:
+        """The ledger, a column for each phase; below it what was `measured`."""
+        widths, wide = [max(len(phase), 7) for phase in self.phases], 12
+        out = [self.title, "  ".join([f"{'MiB':<{wide}}", *(phase.rjust(w) for phase, w in zip(self.phases, widths))])]
+        for name, values in [*self.rows(), *([("measured:", []), *measured.rows()] if measured else [])]:
+            cells = (f"{value:,.0f}".rjust(w) for value, w in zip(values, widths))
+            out.append("  ".join([f"{name:<{wide}}", *cells]).rstrip())
         host = ", ".join(f"{name} {size:,.0f}" for name, size in self.host.items() if round(size))
         out.append(f"peak {self.peak:,.0f} MiB = {self.peak / 1024:.2f} GiB; on the host: {host or 'nothing'}")
         return "\n".join([*out, *(f"before PPO: {name} {size:,.0f} MiB" for name, size in self.before.items())])
@@ -96,7 +97,9 @@ def plan(cfg: Config | str, query: int | None = None) -> Plan:
     cfg = load_config(cfg) if isinstance(cfg, str) else cfg
     sizes, memory = Sizes.of(cfg, query), cfg.memory
     rewarded = cfg.ppo.reward == "reward_model"
-    found = {phase: traced(phase, cfg, sizes) for phase in PHASES[:-1] if rewarded or phase != "score"}
+    scores = "score" if rewarded else "annotate" if annotates(cfg) else None
+    runs = {phase: scores if phase == "score" else phase for phase in PHASES[:-1]}
+    found = {phase: traced(run, cfg, sizes) for phase, run in runs.items() if run}
     many, trained_bytes = trained(cfg)
     offload = memory.optimizer == "offload"
     own = {phase: kinds["weights"] / MIB for phase, kinds in found.items()}
@@ -104,7 +107,7 @@ def plan(cfg: Config | str, query: int | None = None) -> Plan:
         "context": 0.0 if cfg.device == "cpu" else float(CONTEXT),
         "weights": own["update"],
         "reference": 0.0 if memory.park or memory.lora_rank else own["reference logprobs"],
-        "reward model": 0.0 if memory.park or not rewarded else own["score"],
+        "reward model": 0.0 if memory.park and rewarded else own.get("score", 0.0),  # or the annotator's judge, which stays
         "optimizer": 0.0 if offload else 2 * trained_bytes / MIB,
     }
     phases = {}
@@ -115,9 +118,18 @@ def plan(cfg: Config | str, query: int | None = None) -> Plan:
     phases["optimizer step"] = resident | {"gradients": 0.0 if memory.stream_gradients else trained_bytes / MIB}
     host = {
         "optimizer": _on_host(many, trained_bytes, memory.stream_gradients and sizes.parts > 1) * offload,
-        "waiting": sum(own.get(p, 0.0) for p in ("score", *([] if memory.lora_rank else ["reference logprobs"]))) * memory.park,
+        "waiting": memory.park * (own.get("score", 0.0) * rewarded + own["reference logprobs"] * (not memory.lora_rank)),
     }
     return Plan(_title(cfg, sizes), {phase: phases[phase] for phase in PHASES if phase in phases}, host, _before(cfg, sizes))
+
+
+def measured(cfg: Config, query: int | None = None) -> Plan:
+    """The ledger as a CUDA device has it, by `phases.measure`, with the context that its allocator does not see.
+
+    Raises ConfigError where there is no such device.
+    """
+    found = measure(cfg, query)
+    return Plan("measured", {phase: {"context": float(CONTEXT)} | lines for phase, lines in found.items()})
 
 
 def _before(cfg: Config, sizes: Sizes) -> dict[str, float]:
@@ -237,7 +249,7 @@ def _together(turned: list) -> dict[str, Any]:
     return {name: value for change, _ in turned for name, value in change.items()}
 
 
-def report(cfg: Config, query: int | None = None, measured: dict[str, float] | None = None) -> str:
+def report(cfg: Config, query: int | None = None, measured: Plan | None = None) -> str:
     """The ledger, and for each card whether it fits, or what to turn."""
     rungs, lines = ladder(cfg, query), []
     for card in CARDS:

@@ -25,6 +25,7 @@ from rlhf_nb_utils import hub, packing, savings
 from rlhf_nb_utils.config import CourseError, MemoryConfig
 from rlhf_nb_utils.lm_head import head_logprobs
 from rlhf_nb_utils.ngrams import NGramLinear
+from rlhf_nb_utils.offload import weight_of
 from rlhf_nb_utils.packing import Layout
 from rlhf_nb_utils.savings import at_work
 from rlhf_nb_utils.tensor_ops import logprobs_and_entropy, logprobs_from_logits
@@ -174,7 +175,7 @@ class Policy(nn.Module):
             hidden, values = self._states_and_values(input_ids, places)
             labels, head = places.labels(input_ids), self.lm.get_output_embeddings()
             if self.chunked_head:
-                logprobs, entropy = head_logprobs(hidden, head.weight, labels, temperature)
+                logprobs, entropy = head_logprobs(hidden, weight_of(head), labels, temperature)
             else:
                 logprobs, entropy = logprobs_and_entropy(tempered(head(hidden), temperature), labels)
         entropy = entropy if entropy_grad else entropy.detach()
@@ -187,7 +188,7 @@ class Policy(nn.Module):
             hidden = self._response_states(self.lm.base_model, input_ids, places)
             labels, head = places.labels(input_ids), self.lm.get_output_embeddings()
             if self.chunked_head:
-                found = head_logprobs(hidden, head.weight, labels, temperature)[0]
+                found = head_logprobs(hidden, weight_of(head), labels, temperature)[0]
             else:
                 found = logprobs_from_logits(tempered(head(hidden), temperature), labels)
         return places.spread(found)
@@ -333,8 +334,12 @@ def load_classifier(name: str, device: torch.device | str = "cpu") -> TextClassi
     source = str(path) if path.is_dir() else name
     model = load_weights(AutoModelForSequenceClassification, source).to(device)
     tokenizer = AutoTokenizer.from_pretrained(hub.tokenizer_dir(name), trust_remote_code=False)
-    limit = min(256, int(getattr(config, "max_position_embeddings", 258)) - 2)
-    return TextClassifier(model, tokenizer, positive, negative, limit)
+    return TextClassifier(model, tokenizer, positive, negative, window_of(config))
+
+
+def window_of(config) -> int:
+    """Tokens of a text that a classifier reads at a time."""
+    return min(256, int(getattr(config, "max_position_embeddings", 258)) - 2)
 
 
 def _sentiment_labels(name: str, id2label: dict[int, str]) -> tuple[int, int]:

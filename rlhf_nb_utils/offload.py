@@ -3,7 +3,7 @@
 A bf16 weight takes 2 bytes on the device, and its gradient 2 more while it is there; the fp32 master and both moments, 12
 bytes, stay on the host, where the step is computed. While the backward pass runs, each finished gradient is copied out on a
 stream of its own; the new weights come back bucket by bucket. A weight that is fp32 on the CPU is its own master, and nothing
-is copied. Knows torch, and nothing of this course.
+is copied. Knows torch, and host memory that is pinned (`pinned`); nothing of this course.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from rlhf_nb_utils import pinned
+
 BUCKET = 2**24  # weights that are updated, and copied back, at a time: 32 MiB of bf16
+LEAVING = 2**26  # bytes of streamed gradients that a device still holds because their copies are not over
 CLIP_EPS = 1e-6  # clip_grad_norm_'s, so that the same gradients give the same step
 
 
@@ -29,12 +33,10 @@ class _Bucket:
     weights leave. ``sums`` (fp32) is there while micro-batches are added up on the host.
     """
 
-    def __init__(self, group: int, params: list[Tensor], names: tuple[str, ...]):
+    def __init__(self, group: int, params: list[Tensor], names: tuple[str, ...], staging: Tensor):
         sizes = [p.numel() for p in params]
-        self.group, self.params, self.size = group, params, sum(sizes)
+        self.group, self.params, self.size, self.staging = group, params, sum(sizes), staging.zero_()
         self.flat = {name: torch.zeros(self.size) for name in (*names, "master")}
-        # Pinned where a device will read it; without CUDA nothing can pin memory.
-        self.staging = torch.zeros(self.size, dtype=params[0].dtype, pin_memory=params[0].is_cuda)
         self.arrived: dict[int, tuple] = {}  # whose gradient is in ``staging``, and which one
         self.sums: Tensor | None = None
         self.summed: set[int] = set()
@@ -110,6 +112,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         self._squares: dict[int, Tensor] = {}  # of each gradient that arrived from a device, summed there
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pending: dict[_Bucket, Future] = {}
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._scratch = torch.empty(0)  # one bucket's gradients in fp32
         # Every key of AdamW's groups: loading a dict that lacks one, AdamW would fill in Adam's own default.
         choices = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
@@ -130,16 +133,16 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
     def attach(self, model: nn.Module) -> CPUOffloadAdamW:
         """From now on `step` returns while the host still computes, and each layer's next forward pass waits for its weights.
 
-        Buckets are updated in the order of the parameters, which should be that of the forward pass. Whatever else reads the
-        weights (to save them, say) must call `synchronize` first. Returns the optimizer.
+        So do ``state_dict`` of the model and `weight_of`; whatever else reads weights must call `synchronize` first. Buckets
+        are updated in the order of the parameters, which should be that of the forward pass. Returns the optimizer.
         """
-        self._worker = ThreadPoolExecutor(1, "offload")
-        this = weakref.ref(self)
+        self._worker = self._worker or ThreadPoolExecutor(1, "offload")
+        this = weakref.ref(self)  # the model may outlive the optimizer, whose states are large
         for module in model.modules():
-            own = {id(p) for p in module.parameters(recurse=False)}
-            needed = [bucket for bucket in self._buckets if own & set(map(id, bucket.params))]
-            if needed:
-                module.register_forward_pre_hook(lambda *_, needed=needed: _wait_for(this(), needed))
+            if next(module.parameters(recurse=False), None) is not None:
+                module.awaits = lambda module, *_: (optimizer := this()) and optimizer._wait_for_weights(module)
+                module.register_forward_pre_hook(module.awaits)
+                module.register_state_dict_pre_hook(module.awaits)
         return self
 
     @torch.no_grad()
@@ -171,7 +174,20 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
 
     def synchronize(self) -> None:
         """Wait until every weight of the last step is in its place."""
-        _wait_for(self, list(self._pending))
+        self._wait_for(list(self._pending))
+
+    def _wait_for(self, buckets: list[_Bucket]) -> None:
+        """Until the host is done with these buckets, and their device knows that it has to wait for the copies."""
+        for bucket in buckets:
+            if (future := self._pending.pop(bucket, None)) is not None:
+                future.result()
+                if bucket.done is not None:
+                    torch.cuda.current_stream(bucket.params[0].device).wait_event(bucket.done)
+
+    def _wait_for_weights(self, module: nn.Module) -> None:
+        if self._pending:
+            found = (self._bucket_of.get(id(p)) for p in module.parameters(recurse=False))
+            self._wait_for([bucket for bucket in found if bucket is not None])
 
     # --- parameters and states ----------------------------------------------------------------------------------------
 
@@ -179,13 +195,16 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         kinds: dict[tuple, list[Tensor]] = {}
         for p in self.param_groups[-1]["params"]:
-            if p.device.type != "cpu" or p.dtype in (torch.bfloat16, torch.float16):
+            if _has_master(p):
                 kinds.setdefault((p.device, p.dtype), []).append(p)
-        for (device, _), params in kinds.items():
+        for (device, dtype), params in kinds.items():
             if device.type == "cuda" and device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
-            for part in _parts(params, BUCKET):
-                self._add_bucket(_Bucket(len(self.param_groups) - 1, part, self._moments(self.param_groups[-1])))
+            parts = _parts(params, BUCKET)
+            # Pinned where a device will read it; without CUDA nothing can pin memory.
+            rooms = pinned.room([sum(p.numel() for p in part) for part in parts], dtype, pin=device.type == "cuda")
+            for part, staging in zip(parts, rooms):
+                self._add_bucket(_Bucket(len(self.param_groups) - 1, part, self._moments(self.param_groups[-1]), staging))
 
     def _add_bucket(self, bucket: _Bucket) -> None:
         this = weakref.ref(self)  # a hook outlives an optimizer that nobody holds any more
@@ -254,7 +273,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
     def _fetch(self, p: Tensor) -> None:
         """Start to copy a gradient into the staging buffer."""
         bucket = self._bucket_of[id(p)]
-        _wait_for(self, [bucket])
+        self._wait_for([bucket])
         if self.stream_gradients and id(p) in bucket.arrived:  # one micro-batch more
             self._arrive(bucket)
             bucket.add_up()
@@ -265,23 +284,40 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
             with torch.cuda.stream(stream):
                 self._squares[id(p)] = _square(grad)
                 here.copy_(grad, non_blocking=True)
-            grad.record_stream(stream)  # its memory is not free before it has been copied
+                if self.stream_gradients:
+                    self._let_go(grad, stream.record_event())
         else:
             here.copy_(grad)
         bucket.arrived[id(p)] = _which(grad)
         if self.stream_gradients:
             p.grad = None
 
+    def _let_go(self, grad: Tensor, copied: torch.cuda.Event) -> None:
+        """Hold a gradient until it is ``copied``, for its memory is not free before; and not too many of them.
+
+        The host runs ahead of the device. Were it not to wait here, it would ask for the memory of the next gradients while
+        all the earlier ones still lie there, and streaming would save nothing at the peak.
+        """
+        self._leaving.append((grad, copied))
+        held = sum(gradient.nbytes for gradient, _ in self._leaving)
+        while held > LEAVING and len(self._leaving) > 1:
+            oldest, event = self._leaving.popleft()
+            event.synchronize()
+            held -= oldest.nbytes
+
     def _collect(self) -> None:
         """Fetch what no hook saw (gradients set by hand, or changed since), then wait for all of it: the norm needs it."""
         for bucket in self._buckets:
             for p in bucket.params:
-                if p.grad is not None and bucket.arrived.get(id(p)) != _which(p.grad):
+                if p.grad is None and not self.stream_gradients:
+                    bucket.arrived.pop(id(p), None)  # taken back after the backward pass
+                elif p.grad is not None and bucket.arrived.get(id(p)) != _which(p.grad):
                     self._fetch(p)
         for bucket in self._buckets:
             self._arrive(bucket)
             if bucket.sums is not None:
                 bucket.add_up()
+        self._leaving.clear()
 
     def _arrive(self, bucket: _Bucket) -> None:
         """Wait for the copies into a bucket."""
@@ -325,17 +361,22 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _finish(self, bucket: _Bucket, params: list[Tensor], sums: Tensor | None, scale: Tensor | None, group: dict) -> None:
-        flat = self._scratch[: bucket.size].copy_(bucket.staging) if sums is None else sums
-        states, gradients = [self._state(p, group) for p in params], [bucket.view(flat, p) for p in params]
-        self._update(group, [state["master"] for state in states], gradients, states, scale)
-        for p, state in zip(params, states):
-            bucket.view(bucket.staging, p).copy_(state["master"])
+        """The host's part, and the weights on their way."""
+        self._compute(bucket, params, sums, scale, group)
         stream = self._streams.get(params[0].device)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             for p in params:
                 p.copy_(bucket.view(bucket.staging, p), non_blocking=p.is_cuda)
                 self._versions[id(p)] = p._version
             bucket.done = None if stream is None else stream.record_event()
+
+    def _compute(self, bucket: _Bucket, params: list[Tensor], sums: Tensor | None, scale: Tensor | None, group: dict) -> None:
+        """From the gradients in ``staging`` (or their sums) to the new weights in ``staging``."""
+        flat = self._scratch[: bucket.size].copy_(bucket.staging) if sums is None else sums
+        states, gradients = [self._state(p, group) for p in params], [bucket.view(flat, p) for p in params]
+        self._update(group, [state["master"] for state in states], gradients, states, scale)
+        for p, state in zip(params, states):
+            bucket.view(bucket.staging, p).copy_(state["master"])
 
     def _update(self, group: dict, masters: list[Tensor], gradients: list[Tensor], states: list[dict], scale) -> None:
         """torch's fused AdamW on host tensors, which divides the gradients by ``scale`` in the same pass."""
@@ -351,13 +392,16 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
 
-def _wait_for(optimizer: CPUOffloadAdamW | None, buckets: list[_Bucket]) -> None:
-    """Until the host is done with these buckets, and their device knows that it has to wait for the copies."""
-    for bucket in buckets if optimizer is not None else []:
-        if (future := optimizer._pending.pop(bucket, None)) is not None:
-            future.result()
-            if bucket.done is not None:
-                torch.cuda.current_stream(bucket.params[0].device).wait_event(bucket.done)
+def _has_master(p: Tensor) -> bool:
+    """Whether a weight is not its own master: it lies on a device, or is too coarse."""
+    return p.device.type != "cpu" or p.dtype in (torch.bfloat16, torch.float16)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """``module.weight``, read past the module's forward pass: if an optimizer's host still computes it, that is waited for."""
+    if (awaits := getattr(module, "awaits", None)) is not None:
+        awaits(module)
+    return module.weight
 
 
 def _square(grad: Tensor) -> Tensor:

@@ -7,22 +7,22 @@ that is `memory`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 
 from rlhf_nb_utils import decoding, ppo, rollouts, sft, shapes, tracing
 from rlhf_nb_utils.config import Config, ConfigError
-from rlhf_nb_utils.models import autocast, frozen_copy, pick_device, position_ids
-from rlhf_nb_utils.savings import at_work, make_optimizer, park
+from rlhf_nb_utils.models import Policy, autocast, frozen_copy, pick_device, position_ids, window_of
+from rlhf_nb_utils.savings import at_work, make_optimizer, park, settle
 
 MIB = 2**20
 BEFORE = ("fine-tuning", "reward training")
@@ -110,8 +110,25 @@ def _reference(policy, timeline, cfg: Config, sizes: Sizes) -> None:
 
 @torch.no_grad()
 def _score(model, timeline, cfg: Config, sizes: Sizes) -> None:
-    shape = sizes.scored, sizes.scored_tokens
+    shape = _scored(cfg, sizes)
     model(torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.int64))
+
+
+def _scored(cfg: Config, sizes: Sizes) -> tuple[int, int]:
+    """Rows and tokens of the texts that the reward model, or the annotator's judge, reads at a time."""
+    return sizes.scored, window_of(shapes.config_of(cfg.models.judge)) if annotates(cfg) else sizes.scored_tokens
+
+
+def annotates(cfg: Config) -> bool:
+    """Whether scores come from the judge, a model that lies beside the others, and not from a reward model or a rule."""
+    if cfg.ppo.reward != "annotator" or cfg.preferences.criterion != "sentiment":
+        return False
+    return shapes.is_transformer(cfg.models.judge)
+
+
+def _trunk(cfg: Config):
+    """The configuration of the reward model's backbone."""
+    return shapes.config_of(cfg.models.reward_backbone if cfg.reward_model.backbone == "encoder" else cfg.models.policy)
 
 
 def _update(policy, timeline, cfg: Config, sizes: Sizes) -> None:
@@ -158,21 +175,22 @@ def _stream(policy, cfg: Config) -> None:
 
 
 _RUNS = {
-    "sample": _sample, "score": _score, "reference logprobs": _reference, "update": _update, "fine-tuning": _fine_tune,
-    "reward training": _reward_training,
+    "sample": _sample, "score": _score, "annotate": _score, "reference logprobs": _reference, "update": _update,
+    "fine-tuning": _fine_tune, "reward training": _reward_training,
 }  # fmt: skip
 _TRAINED = tuple(f"memory.{switch}" for switch in ("stream_gradients", "checkpoint_activations", "chunked_head", "lora_rank"))
 # Of settings and sizes, what each phase depends on: a plan with other switches finds the rest again.
 _READS = {
     "sample": ("device", "models", "ppo.critic", "rollouts", "memory.lora_rank"),
     "score": ("models.reward_backbone", "models.policy", "reward_model"),
+    "annotate": ("models.judge",),
     "reference logprobs": ("models", "rollouts.temperature", "memory.chunked_head", "memory.lora_rank"),
     "update": ("models", "ppo.critic", "ppo.entropy_coef", *_TRAINED),
     "fine-tuning": ("models", "sft", *_TRAINED),
     "reward training": ("models", "reward_model", "preferences.responses_per_prompt", "memory.checkpoint_activations"),
 }
 _SIZES = {
-    "sample": ("query", "response", "sampled"), "score": ("scored", "scored_tokens"),
+    "sample": ("query", "response", "sampled"), "score": ("scored", "scored_tokens"), "annotate": ("scored",),
     "reference logprobs": ("query", "response", "part"), "update": ("query", "response", "part", "traced_parts"),
 }  # fmt: skip
 
@@ -200,13 +218,27 @@ def remember(traces: Mapping[str, tracing.Bytes]) -> None:
     _found.update(traces)
 
 
+@contextlib.contextmanager
+def forgotten():
+    """While this lasts nothing has been traced yet."""
+    kept = dict(_found)
+    _found.clear()
+    try:
+        yield
+    finally:
+        _found.update(kept)
+
+
 def _trace(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:
-    scoring = phase in ("score", "reward training")
-    encoder = scoring and cfg.reward_model.backbone == "encoder"
-    config = shapes.config_of(cfg.models.reward_backbone if encoder else cfg.models.policy)
+    scoring = phase in ("score", "annotate", "reward training")
+    config = _trunk(cfg) if scoring else shapes.config_of(cfg.models.policy)
+    if phase == "annotate":
+        config = shapes.config_of(cfg.models.judge)
 
     def build(layers: int):
         cut = shapes.with_layers(config, layers)
+        if phase == "annotate":
+            return shapes.classifier_of(cut)
         if scoring:
             return shapes.reward_model_of(cut, cfg.reward_model)
         if phase == "reference logprobs":  # autocast keeps no copy of a weight that takes no gradient
@@ -220,57 +252,99 @@ def _trace(phase: str, cfg: Config, sizes: Sizes) -> tracing.Bytes:
 
 # --- measured ---------------------------------------------------------------------------------------------------------
 
+MOVING = "transient"  # of a measured ledger: gradients, activations, logits, KV cache, and a parked model at work
 
-class _Allocated:
-    """The most that the CUDA allocator had given out since it was entered."""
 
-    def __enter__(self):
+class Allocated:
+    """The bytes that the CUDA allocator has given out: ``now``, and at most (``peak``) since the last ``reset``."""
+
+    def reset(self) -> None:
         gc.collect()  # what earlier models left in cycles is not this phase's
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        return self
 
-    def __exit__(self, *_) -> None:
-        torch.cuda.synchronize()
+    @property
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
 
     @property
     def peak(self) -> int:
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
 
 
-def measure(cfg: Config, query: int | None = None, watch: Callable[[], Any] | None = None) -> dict[str, float]:
-    """MiB of each phase as they really are, without `CONTEXT`: the planned phases with random weights, after a first update.
+def measure(cfg: Config, query: int | None = None, meter=None) -> dict[str, dict[str, float]]:
+    """MiB by phase and line as they really are, without `CONTEXT`: the planned phases with random weights, after a first update.
 
-    ``watch()`` is a context with the ``peak`` in bytes that was reached inside; without one a CUDA device is needed. What
-    is called "update" here has the optimizer's step in it.
+    ``meter`` has what `Allocated` has; without one a CUDA device is needed. What lies there between two phases is told line by
+    line as it is made; the rest of each peak is `MOVING`.
     """
     device = pick_device(cfg.device)
-    if watch is None and device.type != "cuda":
+    if meter is None and device.type != "cuda":
         raise ConfigError("only on a CUDA device can a plan be measured: --set device=cuda, where there is one")
-    found, runs = {}, _real(cfg, Sizes.of(cfg, query), device)
-    runs["update"]()  # the optimizer's states are there from now on
+    meter, lying, found = meter or Allocated(), {}, {}
+
+    @contextlib.contextmanager
+    def line(name: str):
+        before = meter.now
+        yield
+        lying[name] = (meter.now - before) / MIB
+
+    def keep(phase: str) -> None:
+        found[phase] = lying | {MOVING: meter.peak / MIB - sum(lying.values()) - other}
+        meter.reset()
+
+    other = meter.now / MIB  # what was there before
+    models = Models.of(cfg, device, line)
+    optimizer, runs = _real(models, cfg, Sizes.of(cfg, query), device)
+    with line("optimizer"):
+        runs["update"]()  # its states are there from now on
+    optimizer.register_step_pre_hook(lambda *_: keep("update"))
+    meter.reset()
     for phase, run in runs.items():
-        with (watch or _Allocated)() as seen:
-            run()
-        found[phase] = seen.peak / MIB
+        run()
+        keep("optimizer step" if phase == "update" else phase)
     return found
 
 
-def _real(cfg: Config, sizes: Sizes, device: torch.device) -> dict[str, Callable[[], None]]:
-    """The phases on ``device``, to be run in that order; each leaves what an iteration would leave."""
+@dataclass(frozen=True)
+class Models:
+    """What an iteration needs, with random weights: ``judge`` is whatever scores, None for a rule."""
+
+    policy: Policy
+    reference: Policy
+    judge: torch.nn.Module | None
+
+    @staticmethod
+    def of(cfg: Config, device: torch.device, line=lambda name: contextlib.nullcontext()) -> Models:
+        """On ``device``, or parked; each is made inside the context ``line(name)``."""
+        with line("weights"), torch.device(device):
+            policy = shapes.policy_of(shapes.config_of(cfg.models.policy), cfg)
+        with line("reference"):
+            reference = _placed(frozen_copy(policy), cfg, device)
+        with line("reward model"):
+            judge = None
+            if cfg.ppo.reward == "reward_model":
+                judge = _placed(shapes.reward_model_of(_trunk(cfg), cfg.reward_model).to(device), cfg, device)
+            elif annotates(cfg):
+                judge = shapes.classifier_of(shapes.config_of(cfg.models.judge)).to(device)
+        return Models(policy, reference, judge)
+
+
+def _placed(module, cfg: Config, device: torch.device):
+    return park(module, device) if cfg.memory.park and device.type != "cpu" else module
+
+
+def _real(models: Models, cfg: Config, sizes: Sizes, device: torch.device):
+    """The optimizer, and the phases on ``device``, to be run in that order; each leaves what an iteration would leave."""
+    policy, reference, judge = models.policy, models.reference, models.judge
     with torch.device(device):
-        policy = shapes.policy_of(shapes.config_of(cfg.models.policy), cfg)
-        reference = frozen_copy(policy)
         ids = _rows(sizes)
         attention = torch.ones_like(ids, dtype=torch.bool)
-        texts = torch.zeros(sizes.scored, sizes.scored_tokens, dtype=torch.int64)
+        texts = torch.zeros(_scored(cfg, sizes), dtype=torch.int64)
         numbers = torch.zeros(sizes.part * sizes.parts, sizes.response)
-    trunk = shapes.config_of(cfg.models.reward_backbone if cfg.reward_model.backbone == "encoder" else cfg.models.policy)
-    judge = shapes.reward_model_of(trunk, cfg.reward_model).to(device)
-    for waiting in (reference, judge) if cfg.memory.park else ():
-        park(waiting, device)
     groups = policy.parameter_groups(cfg.ppo.learning_rate, cfg.ppo.critic_learning_rate)
-    optimizer = make_optimizer(groups, cfg.memory, eps=cfg.ppo.adam_eps)
+    optimizer = make_optimizer(groups, cfg.memory, policy, eps=cfg.ppo.adam_eps)
     many = (x.repeat(sizes.parts, 1) for x in (ids, attention, attention[:, -sizes.response :]))
     batch, bf16, temperature = ppo.Batch(*many, *[numbers] * 4), cfg.models.autocast, cfg.rollouts.temperature
     queries, draw = [[0] * sizes.query] * sizes.sampled, torch.Generator(device)
@@ -292,5 +366,7 @@ def _real(cfg: Config, sizes: Sizes, device: torch.device) -> dict[str, Callable
     def update() -> None:
         ppo.ppo_step(policy, optimizer, batch, cfg.ppo, temperature, bf16)
         optimizer.zero_grad(set_to_none=True)
+        settle(optimizer)
 
-    return dict(zip(PHASES, (sample, score, logprobs, update)))
+    runs = dict(zip(PHASES, (sample, score, logprobs, update)))
+    return optimizer, {phase: run for phase, run in runs.items() if phase != "score" or judge is not None}

@@ -24,7 +24,7 @@ from rlhf_nb_utils.kl import AdaptiveKL, FixedKL, k1, k3
 from rlhf_nb_utils.models import Policy, autocast
 from rlhf_nb_utils.packing import by_length
 from rlhf_nb_utils.rollouts import Rollout, encode_queries, sample_many
-from rlhf_nb_utils.savings import accumulating, at_work, clipped_step, make_optimizer
+from rlhf_nb_utils.savings import accumulating, at_work, clipped_step, make_optimizer, settle
 from rlhf_nb_utils.tensor_ops import masked_mean, masked_var, whiten
 from rlhf_nb_utils.tokenizer_bridge import response_texts
 
@@ -108,7 +108,8 @@ def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float
     """One clipped update on one minibatch (Schulman et al. 2017, eq. 9), in ``gradient_accumulation_steps`` parts.
 
     Each part weighs by its tokens, so the loss is the token mean of the whole minibatch, whichever rows it holds; the
-    norm is clipped once.
+    norm is clipped once. An offloaded optimizer may still be computing when this returns: `savings.settle` before anything
+    but a forward pass reads the weights.
     Raises TrainingError, before the weights move, if the loss or the gradient is not finite.
     """
     total, stats, worst = batch.mask.sum(), {}, 0.0
@@ -156,6 +157,7 @@ def update(policy, optimizer, batch: Batch, cfg: PPOConfig, generator, temperatu
         if cfg.target_kl is not None and approxkl > cfg.target_kl:
             break
     optimizer.zero_grad(set_to_none=True)  # they need not lie there while the next responses are sampled
+    settle(optimizer)
     mean = {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
     return {**mean, "first_ratio_deviation": first["ratio_max_deviation"], "ppo_epochs": len(steps) // len(epoch_steps)}
 
@@ -246,7 +248,7 @@ def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenize
     check(cfg)
     ppo = cfg.ppo
     groups = policy.parameter_groups(ppo.learning_rate, ppo.critic_learning_rate)
-    optimizer = make_optimizer(groups, cfg.memory, eps=ppo.adam_eps, weight_decay=0.0)
+    optimizer = make_optimizer(groups, cfg.memory, policy, eps=ppo.adam_eps, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     adaptive = ppo.kl_controller == "adaptive"

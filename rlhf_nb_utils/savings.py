@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_nb_utils import pinned
 from rlhf_nb_utils.config import MemoryConfig, TrainingError
 from rlhf_nb_utils.offload import CPUOffloadAdamW
 
@@ -25,15 +26,17 @@ _recomputed = functools.partial(checkpoint, use_reentrant=False)
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(groups: Iterable, memory: MemoryConfig, **settings) -> torch.optim.Optimizer:
+def make_optimizer(groups: Iterable, memory: MemoryConfig, model: nn.Module | None = None, **settings) -> torch.optim.Optimizer:
     """AdamW over parameter groups (or parameters), fused where that can be, or `CPUOffloadAdamW`; ``settings`` are AdamW's.
 
+    The offloaded one computes behind the next forward pass of ``model``, if it is told which: see `settle`.
     Raises TrainingError for bf16 weights under plain AdamW: without an fp32 master, small steps round to nothing.
     """
     groups = list(groups)
     parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
     if memory.optimizer == "offload":
-        return CPUOffloadAdamW(groups, stream_gradients=memory.stream_gradients, **settings)
+        optimizer = CPUOffloadAdamW(groups, stream_gradients=memory.stream_gradients, **settings)
+        return optimizer if model is None else optimizer.attach(model)
     if any(p.dtype == torch.bfloat16 for p in parameters):
         raise TrainingError(
             "bfloat16 weights need an fp32 master, which AdamW has not: memory.optimizer=offload, or models.dtype=float32 "
@@ -64,6 +67,12 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> floa
     return norm
 
 
+def settle(optimizer: torch.optim.Optimizer) -> None:
+    """At the end of a training: the weights are those of the last step, whoever reads them next, and however."""
+    if isinstance(optimizer, CPUOffloadAdamW):
+        optimizer.synchronize()
+
+
 # --- where a module is, and what it is, while it works ----------------------------------------------------------------
 
 
@@ -77,8 +86,9 @@ def park(module: nn.Module, device: torch.device | str) -> nn.Module:
         return module
     module.to("cpu")
     if torch.device(device).type == "cuda":
-        for tensor in _tensors(module):
-            tensor.data = tensor.data.pin_memory()
+        tensors = list(_tensors(module))
+        for tensor, home in zip(tensors, pinned.copies([tensor.data for tensor in tensors])):
+            tensor.data = home
     module.works_on = torch.device(device)
     return module
 

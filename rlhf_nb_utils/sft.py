@@ -11,7 +11,7 @@ import torch
 
 from rlhf_nb_utils.config import CourseError, MemoryConfig, SFTConfig, TrainingError
 from rlhf_nb_utils.models import Policy, autocast
-from rlhf_nb_utils.savings import clipped_step, make_optimizer
+from rlhf_nb_utils.savings import clipped_step, make_optimizer, settle
 from rlhf_nb_utils.tensor_ops import masked_mean
 
 
@@ -76,9 +76,8 @@ def train(
         raise CourseError("no demonstrations: give at least one, or raise data.n_sft")
     longest = min(cfg.max_length, policy.context_length)
     encoded = [encode_demonstration(tokenizer, q, r, longest) for q, r in demonstrations]
-    optimizer = make_optimizer(
-        policy.lm.parameters(), memory or MemoryConfig(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay
-    )
+    rate, decay = cfg.learning_rate, cfg.weight_decay
+    optimizer = make_optimizer(policy.lm.parameters(), memory or MemoryConfig(), policy, lr=rate, weight_decay=decay)
     per_epoch = math.ceil(len(encoded) / cfg.batch_size)
     steps, history = per_epoch * cfg.epochs, []
     for epoch in range(cfg.epochs):
@@ -109,6 +108,7 @@ def train(
             history.append(row)
             if callback:
                 callback(step + 1, steps, row)
+    settle(optimizer)
     return history
 
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_nb_utils import hub
 from rlhf_nb_utils.config import Config, CourseError, RewardModelConfig
 from rlhf_nb_utils.models import Policy, lean
+from rlhf_nb_utils.ngrams import MODEL_TYPE as NGRAM_LINEAR
 from rlhf_nb_utils.reward_model import RewardModel
 
 
@@ -50,6 +52,8 @@ KNOWN: dict[str, dict] = {
         "model_type": "roberta", "vocab_size": 50265, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6,
         "num_attention_heads": 12, "max_position_embeddings": 514, "type_vocab_size": 1,
     },
+    "lvwerra/distilbert-imdb": {"model_type": "distilbert"},  # the library's defaults are this model's
+    "textattack/bert-base-uncased-imdb": {"model_type": "bert"},
 }  # fmt: skip
 
 
@@ -90,6 +94,19 @@ def reward_model_of(config, settings: RewardModelConfig) -> RewardModel:
     backbone = AutoModel.from_config(config, dtype=torch.float32)
     pooling = "last" if settings.backbone == "policy" and settings.pooling == "first" else settings.pooling
     return RewardModel(backbone, _NoTokenizer(), pooling, min(settings.max_length, config.max_position_embeddings))
+
+
+def classifier_of(config) -> nn.Module:
+    """A judge of that shape: a sequence classifier with two labels, in fp32."""
+    return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+
+
+def is_transformer(name: str) -> bool:
+    """Whether a classifier is a model of layers that lies on a device, and not one that counts words."""
+    folder = hub.local_dir(name)
+    if folder is None or not (file := Path(folder) / "config.json").is_file():
+        return True
+    return json.loads(file.read_text(encoding="utf-8")).get("model_type") != NGRAM_LINEAR
 
 
 class _NoTokenizer(SimpleNamespace):

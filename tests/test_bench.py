@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_nb_utils import bench, contests, gauges, plots, widgets
-from rlhf_nb_utils.config import CourseError
+from rlhf_nb_utils.config import CourseError, load_config
 from rlhf_nb_utils.contests import Bar, Contest, Setting
 
 TINY = Setting(1, 64, 40, batch=8, response=4)
@@ -146,23 +146,50 @@ def test_the_contest_of_offloaded_optimizers_holds_on_a_host_too(monkeypatch):
     assert [len(figures) for figures in contest.hold(1)] == [1, 1, 1]
 
 
+def test_two_iterations_are_those_of_a_run_by_models_of_the_right_shape(tmp_path, monkeypatch):
+    contests.gpt2_config(TINY).save_pretrained(tmp_path / "policy")
+    given = {
+        "models.policy": str(tmp_path / "policy"), "models.reward_backbone": "tiny-bert", "reward_model.max_length": 9,
+        "rollouts.response_length": 5, "rollouts.batch_size": 4, "ppo.batch_size": 4, "ppo.num_mini_batches": 2,
+    }  # fmt: skip
+    lean = gauges.EVERY_SWITCH | {"memory.park": False}
+    cfg, steps, read = load_config("smoke", 0, given | lean), [], []
+    step, forward = contests.CPUOffloadAdamW.step, gauges.phases.shapes.RewardModel.forward
+    monkeypatch.setattr(contests.CPUOffloadAdamW, "step", lambda self, *_: steps.append(1) or step(self))
+    monkeypatch.setattr(gauges.phases.shapes.RewardModel, "forward", lambda *a: read.append(tuple(a[1].shape)) or forward(*a))
+    state = gauges.iterate(cfg, 7, 2)
+    assert state.iteration == 2 and len(steps) == 2 * cfg.ppo.num_ppo_epochs * 2
+    assert read == [(16, 9), (4, 9), (4, 9)]  # the reference's samples, then each iteration's
+    assert state.policy.chunked_head and next(state.policy.lm.parameters()).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in gauges.phases.Models.of(cfg, torch.device("cpu")).judge.parameters())
+
+
 @pytest.mark.parametrize("lean_runs_out, plain_runs_out", [(False, True), (False, False), (True, True)])
-def test_a_card_has_to_hold_one_and_not_the_other(monkeypatch, lean_runs_out, plain_runs_out):
+def test_a_card_has_to_hold_some_and_not_the_other(monkeypatch, lean_runs_out, plain_runs_out):
     caps, device = [], type("Device", (), {"total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
 
-    def measured(cfg, query):
+    def iterate(cfg, query, iterations):
+        ran.append((cfg.models.policy, query, iterations))
         if plain_runs_out if cfg.memory.optimizer == "adamw" else lean_runs_out:
             raise torch.OutOfMemoryError
-        return {"sample": 2048.0, "update": 4096.0}
 
-    monkeypatch.setattr(gauges.phases, "measure", measured)
+    ran = []
+    monkeypatch.setattr(gauges, "iterate", iterate)
+    for name, result in {"reset_peak_memory_stats": None, "max_memory_allocated": 2**32, "max_memory_reserved": 2**33}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda result=result: result)
     contest = gauges.card_contest()
-    through, peak, failed = contest.hold(1)
-    assert bench.met(contest.bars[0], through) == (not lean_runs_out) and peak == ([] if lean_runs_out else [4.0])
-    assert bench.met(contest.bars[2], failed) == plain_runs_out
-    assert bench.cells(contest.bars[1], peak)[1] == ("–" if lean_runs_out else "4.00 GiB")
+    found = dict(zip(contest.bars, contest.hold(1), strict=True))
+    first, second = [list(found.items())[i : i + 3] for i in (0, 3)]
+    for (bar, through), (given_out, peak), (reserved, most) in (first, second):
+        assert bench.met(bar, through) == (not lean_runs_out)
+        assert (peak, most) == (([], []) if lean_runs_out else ([4.0], [8.0]))
+        assert "given out" in given_out.what and "reserved" in reserved.what
+        assert bench.cells(given_out, peak)[1] == ("–" if lean_runs_out else "4.00 GiB")
+    assert bench.met(*list(found.items())[-1]) == plain_runs_out
+    xl, tiny_llama = "openai-community/gpt2-xl", load_config("gpu-12gb-1b").models.policy
+    assert ran == [(xl, 64, 2), (tiny_llama, None, 2), (xl, 64, 2)]
     assert caps == [gauges.CAP / 80, 1.0]
 
 
@@ -210,7 +237,8 @@ def test_plans_are_within_a_tenth_of_what_is_counted():
 def test_gpt2_xl_is_planned_within_what_was_asked_and_has_one_figure_a_phase():
     contest = gauges.memory_contest()
     found = contest.hold(1)
-    assert len(found) == 5 and all(bench.met(bar, figures) for bar, figures in zip(contest.bars, found))
+    assert len(found) == 5 + 2 and all(bench.met(bar, figures) for bar, figures in zip(contest.bars, found))
+    assert min(seconds for (seconds,) in found[5:]) > 1  # traced, and not found again
 
 
 def test_names_are_told_apart_and_every_bar_of_a_gpu_is_listed_without_one():

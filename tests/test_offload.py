@@ -1,15 +1,17 @@
 """The offloaded AdamW against torch's own, which it must not differ from, whatever the weights' dtype and place."""
 
+import contextlib
 import copy
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from rlhf_nb_utils import checkpoint
-from rlhf_nb_utils.offload import CPUOffloadAdamW
+from rlhf_nb_utils.offload import CPUOffloadAdamW, weight_of
 
 SETTINGS = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
@@ -317,6 +319,71 @@ def test_attached_the_host_computes_behind_the_next_forward_pass():
     assert all(torch.equal(a, b) for a, b in zip(masters(ours, net), masters(plain, twin)))
 
 
+@pytest.mark.parametrize("read", ["state_dict", "weight_of", "optimizer_to_tensors", "forward"])
+def test_attached_whoever_reads_weights_gets_those_of_the_last_step(read, monkeypatch):
+    net, pause = (
+        nn.ModuleDict({"body": nn.Linear(7, 4), "head": nn.Linear(4, 11, bias=False)}).to(torch.bfloat16),
+        threading.Event(),
+    )
+    before = copy.deepcopy(net.state_dict())
+    ours = CPUOffloadAdamW(net.parameters(), lr=0.1).attach(net)
+    monkeypatch.setattr(ours, "_finish", lambda *args, do=ours._finish: (pause.wait(10), do(*args))[1])
+    net["head"](net["body"](torch.ones(2, 7).bfloat16())).float().square().sum().backward()
+    ours.step()
+    assert ours._pending and torch.equal(net["head"].weight, before["head.weight"])  # the host has not begun
+    threading.Timer(0.1, pause.set).start()
+    if read == "state_dict":
+        weight = net.state_dict()["head.weight"]
+    elif read == "weight_of":
+        weight = weight_of(net["head"])
+    elif read == "optimizer_to_tensors":
+        checkpoint.optimizer_to_tensors(ours)
+        weight = net["head"].weight
+    else:
+        net["head"](torch.ones(1, 4).bfloat16())
+        weight = net["head"].weight
+    assert (weight - before["head.weight"]).abs().min() > 0.05
+    assert weight_of(nn.Linear(2, 2)).shape == (2, 2)  # which nobody attached to
+
+
+def test_a_model_does_not_keep_the_states_of_an_optimizer_that_is_gone():
+    net = model(torch.bfloat16)
+    ours = CPUOffloadAdamW(net.parameters()).attach(net)
+    net(torch.ones(2, 7).bfloat16()).float().sum().backward()
+    ours.step()
+    ours.synchronize()
+    states = weakref.ref(ours._buckets[0].flat["master"])
+    del ours
+    gc.collect()
+    assert states() is None
+    net(torch.ones(2, 7).bfloat16())
+    net.state_dict()
+
+
+def test_a_device_holds_few_gradients_that_are_on_their_way_out(monkeypatch):
+    """Were all of them there at the same time, streaming would save nothing at the peak."""
+    monkeypatch.setattr("rlhf_nb_utils.offload.LEAVING", 100)
+    ours, waited = CPUOffloadAdamW(model(torch.bfloat16).parameters(), stream_gradients=True), []
+    for number, size in enumerate((10, 20, 15, 500, 5, 5)):
+        event = type("Event", (), {"synchronize": lambda self, number=number: waited.append(number)})()
+        ours._let_go(torch.zeros(size, dtype=torch.bfloat16), event)
+        assert len(ours._leaving) == 1 or sum(grad.nbytes for grad, _ in ours._leaving) <= 100
+    assert waited == [0, 1, 2, 3] and len(ours._leaving) == 2
+    ours.zero_grad()
+    ours.step()
+    assert not ours._leaving
+
+
+def test_a_gradient_taken_back_after_the_backward_pass_is_none():
+    net = model(torch.bfloat16)
+    before, ours = copy.deepcopy(net), CPUOffloadAdamW(net.parameters(), **SETTINGS)
+    net(torch.ones(2, 7).bfloat16()).float().sum().backward()
+    net[0].weight.grad = None
+    ours.step()
+    moved = [not torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters())]
+    assert moved == [False, *[True] * 5] and "step" not in ours.state[net[0].weight]
+
+
 def test_gradients_changed_after_the_backward_pass_are_the_ones_used():
     net = model(torch.bfloat16)
     twin = copy.deepcopy(net)
@@ -412,6 +479,36 @@ def test_on_a_device_the_numbers_are_those_of_the_host(dtype, stream, attached):
     assert max(((a.cpu() - b).abs().max() / b.abs().max()).item() for a, b in pairs) <= 1e-5
     assert all(value.device.type == "cpu" for state in ours.state.values() for value in state.values())
     assert all(bucket.staging.is_pinned() for bucket in ours._buckets)
+
+
+@pytest.mark.cuda
+def test_on_a_device_streamed_micro_batches_are_summed_and_a_resumed_run_is_the_run(monkeypatch):
+    monkeypatch.setattr("rlhf_nb_utils.offload.LEAVING", 200)
+    net = model(torch.bfloat16).cuda()
+    reference = reference_of(net).cpu()
+    ours = CPUOffloadAdamW(net.parameters(), **SETTINGS, max_grad_norm=0.5, stream_gradients=True).attach(net)
+    theirs = torch.optim.AdamW(reference.parameters(), **SETTINGS)
+    for step in range(6):
+        if step == 3:
+            saved = copy.deepcopy(ours.state_dict())
+            ours = CPUOffloadAdamW(net.parameters(), lr=9.0, max_grad_norm=0.5, stream_gradients=True).attach(net)
+            ours.load_state_dict(saved)
+        batch = torch.randn(9, 7, generator=torch.Generator().manual_seed(step)).to("cuda", torch.bfloat16)
+        sums = [torch.zeros(p.shape) for p in net.parameters()]
+        for k, part in enumerate(batch.split(3)):
+            loss = net(part).float().square().mean()
+            found = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+            sums = [a + b.float().cpu() for a, b in zip(sums, found)]
+            with ours.accumulate() if k < 2 else contextlib.nullcontext():
+                loss.backward()
+        assert all(p.grad is None for p in net.parameters())
+        feed(reference, sums)
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        ours.step()
+        ours.zero_grad()
+        theirs.step()
+    ours.synchronize()
+    assert max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(masters(ours, net), reference.parameters())) <= 1e-5
 
 
 def test_a_scheduler_that_steps_before_the_host_has_computed_changes_the_next_step_only(monkeypatch):

@@ -1,6 +1,7 @@
 """Every memory switch against the plain path: the same loss, the same gradients, the same training."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_models import QUERIES, RESPONSES, gpt2, left_padded, llama
 from test_ppo import PROMPTS, TOKENIZER, byte_tokenizer, roll, run, same, settings, start, taste, tiny_policy, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model
 
-from rlhf_nb_utils import models, ppo, savings, sft, stages
+from rlhf_nb_utils import models, offload, ppo, savings, sft, stages
 from rlhf_nb_utils.config import MemoryConfig, SFTConfig, TrainingError
 from rlhf_nb_utils.evaluation import exact_kl_per_response
 from rlhf_nb_utils.models import ModelError, Policy, frozen_copy, lean
@@ -95,14 +96,19 @@ def test_the_chunked_head_makes_no_logits_and_refuses_a_bias():
 # --- the optimizer ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["own masters", "apart"])
 @pytest.mark.parametrize("stream", [False, True], ids=["kept", "streamed"])
-def test_a_run_with_the_offloaded_optimizer_is_the_plain_run(stream):
-    """In fp32, over two iterations of two epochs of two steps in two parts, with clipping."""
+def test_a_run_with_the_offloaded_optimizer_is_the_plain_run(stream, apart, monkeypatch):
+    """In fp32, over two iterations of two epochs of two steps in two parts, with clipping; with masters of their own too, as
+    fp32 weights on a device have them."""
+    if apart:
+        monkeypatch.setattr(offload, "_has_master", lambda p: True)
     changes = {"ppo__gradient_accumulation_steps": 2, "ppo__max_grad_norm": 0.3}
     plain, expected = run(settings(**changes))
     cfg = settings(**changes, **OFFLOAD, memory__stream_gradients=stream)
     ours, found = run(cfg)
     assert type(ours.optimizer).__name__ == "CPUOffloadAdamW" and expected[0]["grad_norm"] > 0.3
+    assert bool(ours.optimizer._buckets) == apart and not ours.optimizer._pending
     for name, p in weights(plain.policy).items():
         torch.testing.assert_close(weights(ours.policy)[name], p, rtol=1e-5, atol=1e-6, msg=name)
     for key in ("grad_norm", "loss", "kl", "entropy"):
@@ -130,6 +136,7 @@ def test_the_master_of_bf16_weights_takes_the_steps_that_fp32_would(stream):
     weight.register_hook(lambda grad: seen.append(grad.clone()))
     for _ in range(3):
         norms.append(ppo.ppo_step(state.policy, state.optimizer, batch, cfg.ppo)["grad_norm"])
+    savings.settle(state.optimizer)
     scale = [max(1.0, (norm + 1e-6) / cfg.ppo.max_grad_norm) for norm in norms]
     expected = adamw_by_hand(before, seen, 1e-5, cfg.ppo.adam_eps, scale)
     master = state.optimizer.state[weight]["master"]
@@ -137,6 +144,26 @@ def test_the_master_of_bf16_weights_takes_the_steps_that_fp32_would(stream):
     moved = (expected - before.double()).abs().max()
     assert ((master.double() - expected).abs().max() < 0.02 * moved) and torch.equal(weight, master.bfloat16()), name
     assert (weight == before).float().mean() > 0.5  # which a bf16 weight alone would not have kept
+
+
+def test_the_loss_of_bf16_weights_and_its_gradient_are_those_of_fp32_up_to_rounding():
+    cfg = settings(**OFFLOAD)
+    policy = tiny_policy()
+    torch.nn.init.normal_(policy.value_head.weight)
+    state = start(cfg, policy)
+    batch, _, _ = ppo.make_batch(state, taste, PROMPTS, roll(policy, cfg), TOKENIZER, cfg)
+    batch.logprobs = batch.logprobs + torch.linspace(-0.3, 0.3, batch.mask.numel()).view_as(batch.logprobs)  # some clipped
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        own = copy.deepcopy(policy)
+        own.lm.to(dtype)
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.0)
+        stats = ppo.ppo_step(own, optimizer, batch, cfg.ppo.model_copy(update={"max_grad_norm": 1e9}))
+        found[dtype] = stats, torch.cat([p.grad.float().flatten() for p in own.parameters()])
+    (plain, expected), (coarse, gradient) = found.values()
+    assert 0.1 < plain["clipfrac"] < 0.9 and coarse["loss"] == pytest.approx(plain["loss"], rel=0.01)
+    assert torch.cosine_similarity(gradient, expected, dim=0) > 0.999
+    assert gradient.norm().item() == pytest.approx(expected.norm().item(), rel=0.01)
 
 
 def test_of_several_micro_batches_only_the_last_one_is_copied_to_the_host(monkeypatch):
@@ -178,6 +205,40 @@ def test_bf16_weights_need_that_master_in_sft_too():
     rows = sft.train(tiny_policy(dtype=torch.bfloat16), TOKENIZER, demos, sft_cfg, memory=memory)
     plain = sft.train(tiny_policy(), TOKENIZER, demos, sft_cfg)
     assert rows[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.05) and rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+
+
+def test_weights_are_in_their_place_when_fine_tuning_returns(monkeypatch):
+    made, make, finish = [], savings.make_optimizer, CPUOffloadAdamW._finish
+    monkeypatch.setattr(sft, "make_optimizer", lambda *a, **k: made.append(make(*a, **k)) or made[0])
+    monkeypatch.setattr(CPUOffloadAdamW, "_finish", lambda *args: (time.sleep(0.05), finish(*args))[1])
+    demos = [("a film", " is good")] * 4
+    sft.train(
+        tiny_policy(dtype=torch.bfloat16), TOKENIZER, demos, SFTConfig(batch_size=2, epochs=1, max_length=16),
+        memory=MemoryConfig(optimizer="offload"),
+    )  # fmt: skip
+    assert made[0]._worker is not None and not made[0]._pending
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_head_that_is_read_past_its_forward_pass_waits_for_the_host_too(chunked, monkeypatch):
+    """A Llama's head has weights of its own, which no embedding's forward pass has waited for."""
+    finish, found = CPUOffloadAdamW._finish, []
+    monkeypatch.setattr("rlhf_nb_utils.offload.BUCKET", 100)  # the head in a bucket of its own
+    monkeypatch.setattr(CPUOffloadAdamW, "_finish", lambda *args: (time.sleep(0.02), finish(*args))[1])
+    for at_once in (False, True):
+        policy = switched(Policy(llama().to(torch.bfloat16)), chunked_head=chunked)
+        assert policy.lm.lm_head.weight is not policy.lm.model.embed_tokens.weight
+        optimizer = savings.make_optimizer(policy.parameter_groups(0.1, 0.1), MemoryConfig(optimizer="offload"), policy)
+        loss_of(policy).backward()
+        optimizer.step()
+        if at_once:
+            assert optimizer._pending
+        else:
+            savings.settle(optimizer)
+        with torch.no_grad():
+            found.append((*policy.evaluate(IDS, MASK, 3), policy.logprobs(IDS, MASK, 3)))
+        assert not optimizer._pending
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_the_value_head_is_fp32_beside_bf16_weights():
@@ -237,9 +298,12 @@ def test_the_reward_model_is_on_its_device_while_it_scores(monkeypatch):
         ),
         "cpu",
     )
-    home, seen = places(model), []
-    monkeypatch.setattr(type(model), "forward", lambda self, ids, mask: seen.append(places(self)) or torch.zeros(len(ids)))
-    assert model.score(["a film", "b"], ["is good", "."]).tolist() == [0.0, 0.0]
+    home, seen, texts, forward = places(model), [], (["a film", "b"], ["is good", "."]), RewardModel.forward
+    model.works_on = None
+    expected = model.score(*texts)  # at home
+    model.works_on = torch.device("cpu")
+    monkeypatch.setattr(RewardModel, "forward", lambda self, ids, mask: seen.append(places(self)) or forward(self, ids, mask))
+    assert torch.equal(model.score(*texts), expected) and expected.std() > 0
     assert len(seen) == 1 and not set(seen[0]) & set(home) and places(model) == home
 
 
@@ -276,6 +340,29 @@ def test_a_run_with_adapters_learns_and_is_measured_against_its_base():
     found = exact_kl_per_response(state.policy, state.reference, rollout)
     torch.testing.assert_close(found, exact_kl_per_response(state.policy, base, rollout))
     assert found.mean() > 0.01
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_the_gradients_of_adapters_are_those_of_the_weights_by_the_chain_rule(build):
+    """W = W₀ + s·B·A (Hu et al. 2022, eq. 3): dA = s·Bᵀ·dW and dB = s·dW·Aᵀ, by the plain path's dW."""
+    policy = switched(Policy(build()), lora_rank=2, lora_alpha=3.0)
+    torch.nn.init.normal_(policy.value_head.weight)
+    for layer in savings.adapted(policy.lm):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.2)
+    plain = Policy(build())
+    plain.lm.load_state_dict(savings.merged_state(policy.lm))
+    plain.value_head.load_state_dict(policy.value_head.state_dict())
+    assert loss_of(policy).item() == pytest.approx(loss_of(plain).item(), rel=1e-5)
+    found, expected = gradients(policy), gradients(plain)
+    names = {name for name, layer in policy.named_modules() if hasattr(layer, "lora_A")}
+    for name in names:
+        d_weight, layer = expected[f"{name}.weight"], policy.get_submodule(name)
+        d_weight = d_weight.T if type(layer.base_layer).__name__ == "Conv1D" else d_weight
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(found[f"{name}.lora_A.default.weight"], 1.5 * b.T @ d_weight, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[f"{name}.lora_B.default.weight"], 1.5 * d_weight @ a.T, rtol=1e-3, atol=1e-3)
+    assert len(found) == 2 * len(names) + 2 and len(names) >= 8
+    torch.testing.assert_close(found["value_head.weight"], expected["value_head.weight"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])
@@ -346,3 +433,29 @@ def test_a_parked_reference_comes_once_for_all_rows_of_an_exact_kl(monkeypatch):
     rollout = sample_many(policy, encode_queries(TOKENIZER, PROMPTS), settings().rollouts, TOKENIZER, seed=0)
     exact_kl_per_response(policy, reference, rollout, rows=1)
     assert len(came) == 1 < len(rollout.mask)
+
+
+# --- on a CUDA device ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_on_a_device_a_parked_reference_is_pinned_works_there_and_comes_back():
+    policy = Policy(gpt2()).cuda()
+    given = IDS.cuda(), MASK.cuda(), 3
+    expected, reference = policy.logprobs(*given), park(frozen_copy(policy), "cuda")
+    assert all(p.device.type == "cpu" and p.is_pinned() for p in reference.parameters())
+    assert torch.equal(reference.logprobs(*given), expected)
+    assert all(p.device.type == "cpu" for p in reference.parameters())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("switch", ["chunked_head", "checkpoint_activations"])
+def test_on_a_device_too_loss_and_gradients_are_the_plain_ones(switch, monkeypatch):
+    monkeypatch.setitem(globals(), "IDS", IDS.cuda())
+    monkeypatch.setitem(globals(), "MASK", MASK.cuda())
+    for plain in policies():
+        lean_one = switched(plain.cuda(), **{switch: True})
+        expected, found = gradients(plain), gradients(lean_one)
+        assert expected.keys() == found.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4, msg=name)

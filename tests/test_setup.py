@@ -23,7 +23,21 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # A module imports only from those before it.
 ORDER = [
-    *("config", "hub", "tensor_ops", "lm_head", "packing", "offload", "savings", "kl", "gae", "exact", "ngrams", "models"),
+    *(
+        "config",
+        "hub",
+        "tensor_ops",
+        "lm_head",
+        "packing",
+        "pinned",
+        "offload",
+        "savings",
+        "kl",
+        "gae",
+        "exact",
+        "ngrams",
+        "models",
+    ),
     *("tokenizer_bridge", "data", "sft"),
     *(
         "criteria",
@@ -57,7 +71,7 @@ ORDER = [
     *("plots", "widgets", "labelling", "players"),
     *("peers", "contests", "gauges", "bench"),
 ]
-TORCH_ONLY = {"tensor_ops", "lm_head", "packing", "kl", "gae", "exact", "offload"}
+TORCH_ONLY = {"tensor_ops", "lm_head", "packing", "kl", "gae", "exact", "pinned", "offload"}
 PEERS = {"trl", "torchao"}  # installed into runs/ by whoever wants the comparison
 MAY_IMPORT = {
     "trl": {"peers"},
