@@ -406,16 +406,16 @@ def offload_contest(device: str, setting: Setting = GPT2, rows: int = 8, width: 
 
 
 def _host_update(setting: Setting) -> Callable[[], None]:
-    """The optimizer's work alone: bf16 weights that are on the host already, clipping included."""
-    model = language_model(setting).to(torch.bfloat16)
-    optimizer = CPUOffloadAdamW(model.parameters(), max_grad_norm=1.0)
-    grads = [torch.randn_like(p) for p in model.parameters()]
+    """The host's work alone, clipping included: from bf16 gradients that have arrived to bf16 weights that may leave."""
+    optimizer = CPUOffloadAdamW(language_model(setting).to(torch.bfloat16).parameters())
+    group, scale = optimizer.param_groups[0], torch.tensor(2.0)
+    for bucket in optimizer._buckets:
+        bucket.staging.normal_()
 
+    @torch.no_grad()
     def run() -> None:
-        for p, grad in zip(model.parameters(), grads):
-            p.grad = grad
-        optimizer.step()
-        optimizer.zero_grad()
+        for bucket in optimizer._buckets:
+            optimizer._compute(bucket, bucket.params, None, scale, group)
 
     return run
 

@@ -172,7 +172,7 @@ def _count(cfg: Config) -> tuple[float, float]:
 def _on_host(trained: float, trained_bytes: float, summed: bool) -> float:
     """MiB of an offloaded optimizer: master and two moments in fp32, staging in the weights' dtype, sums in fp32 if any.
 
-    Besides the gradients of one bucket in fp32: 64 MiB, or the largest weight.
+    Pinned memory comes in blocks (`pinned`): what is left over in them, some per cent of the staging, is not counted.
     """
     return (trained * (16 if summed else 12) + trained_bytes) / MIB
 

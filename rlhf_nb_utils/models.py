@@ -55,6 +55,12 @@ def autocast(device: torch.device, enabled: bool):
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
+def casts_kept(device: torch.device):
+    """While this lasts, bf16 autocast makes its copy of a weight once, and not in each of its contexts: it forgets them where
+    the outermost one ends, and this is one, though it casts nothing itself. The weights must not change meanwhile."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     """(B, L) positions counted over real tokens only, so that padding on the left moves nothing. Padding gets 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)

@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 from rlhf_nb_utils import pinned
 
 BUCKET = 2**24  # weights that are updated, and copied back, at a time: 32 MiB of bf16
+PIECE = 2**20  # weights whose gradients are fp32 at a time: 4 MiB, that they do not leave the processor's cache meanwhile
 LEAVING = 2**26  # bytes of streamed gradients that a device still holds because their copies are not over
 CLIP_EPS = 1e-6  # clip_grad_norm_'s, so that the same gradients give the same step
 
@@ -47,6 +48,16 @@ class _Bucket:
     def view(self, flat: Tensor, p: Tensor) -> Tensor:
         """The part of a flat tensor that is ``p``'s, in its shape."""
         return flat[self._at[id(p)]].view(p.shape)
+
+    def runs(self, params: list[Tensor], steps: list[int]) -> list[tuple[int, int, int]]:
+        """(start, end, step) of what lies together of ``params``, in their order, and has taken equally many steps."""
+        found: list[tuple[int, int, int]] = []
+        for at, step in zip((self._at[id(p)] for p in params), steps):
+            if found and found[-1][1:] == (at.start, step):
+                found[-1] = (found[-1][0], at.stop, step)
+            else:
+                found.append((at.start, at.stop, step))
+        return found
 
     def add_up(self) -> None:
         """Move what arrived to the sums."""
@@ -113,7 +124,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pending: dict[_Bucket, Future] = {}
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self._scratch = torch.empty(0)  # one bucket's gradients in fp32
+        self._scratch = torch.empty(PIECE)  # a piece's gradients in fp32
         # Every key of AdamW's groups: loading a dict that lacks one, AdamW would fill in Adam's own default.
         choices = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
         fixed = {"foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True}
@@ -209,8 +220,6 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
     def _add_bucket(self, bucket: _Bucket) -> None:
         this = weakref.ref(self)  # a hook outlives an optimizer that nobody holds any more
         self._buckets.append(bucket)
-        if bucket.size > len(self._scratch):
-            self._scratch = torch.empty(bucket.size)
         for p in bucket.params:
             self._bucket_of[id(p)] = bucket
             if p.requires_grad:
@@ -372,11 +381,15 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
 
     def _compute(self, bucket: _Bucket, params: list[Tensor], sums: Tensor | None, scale: Tensor | None, group: dict) -> None:
         """From the gradients in ``staging`` (or their sums) to the new weights in ``staging``."""
-        flat = self._scratch[: bucket.size].copy_(bucket.staging) if sums is None else sums
-        states, gradients = [self._state(p, group) for p in params], [bucket.view(flat, p) for p in params]
-        self._update(group, [state["master"] for state in states], gradients, states, scale)
-        for p, state in zip(params, states):
-            bucket.view(bucket.staging, p).copy_(state["master"])
+        states = [self._state(p, group) for p in params]
+        for start, end, step in bucket.runs(params, [int(state["step"]) for state in states]):
+            for piece in (slice(at, min(at + PIECE, end)) for at in range(start, end, PIECE)):
+                own = {name: flat[piece] for name, flat in bucket.flat.items()} | {"step": torch.tensor(float(step))}
+                gradient = self._scratch[: piece.stop - piece.start].copy_(bucket.staging[piece]) if sums is None else sums[piece]
+                self._update(group, [own["master"]], [gradient], [own], scale)
+                bucket.staging[piece].copy_(own["master"])
+        for state in states:
+            state["step"] += 1
 
     def _update(self, group: dict, masters: list[Tensor], gradients: list[Tensor], states: list[dict], scale) -> None:
         """torch's fused AdamW on host tensors, which divides the gradients by ``scale`` in the same pass."""

@@ -21,7 +21,7 @@ import torch
 
 from rlhf_nb_utils import decoding, ppo, rollouts, sft, shapes, tracing
 from rlhf_nb_utils.config import Config, ConfigError
-from rlhf_nb_utils.models import Policy, autocast, frozen_copy, pick_device, position_ids, window_of
+from rlhf_nb_utils.models import Policy, autocast, casts_kept, frozen_copy, pick_device, position_ids, window_of
 from rlhf_nb_utils.savings import at_work, make_optimizer, park, settle
 
 MIB = 2**20
@@ -64,6 +64,11 @@ class Sizes:
 @torch.no_grad()
 def _sample(policy, timeline, cfg: Config, sizes: Sizes) -> None:
     """The first token and the last, with the cache that all of them need."""
+    with casts_kept(torch.device("cpu")):
+        _first_and_last(policy, timeline, cfg, sizes)
+
+
+def _first_and_last(policy, timeline, cfg: Config, sizes: Sizes) -> None:
     rows, width, room = sizes.sampled, sizes.query, sizes.query + sizes.response
     queries, mask = torch.zeros(rows, width, dtype=torch.int64), torch.ones(rows, width, dtype=torch.bool)
     draw = torch.Generator()

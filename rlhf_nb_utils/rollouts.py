@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from rlhf_nb_utils import decoding
 from rlhf_nb_utils.config import CourseError, RolloutsConfig
-from rlhf_nb_utils.models import Policy, autocast
+from rlhf_nb_utils.models import Policy, autocast, casts_kept
 from rlhf_nb_utils.savings import at_work
 
 
@@ -182,7 +182,8 @@ def _sample(policy: Policy, query_ids: list[list[int]], cfg: RolloutsConfig, tok
 
     given = policy, queries, query_mask, length, choose, eos, tokenizer.pad_token_id, cfg.temperature, bf16
     graph = device.type == "cuda" and decoding.can_be_fixed(policy.lm.config)
-    written = decoding.fixed(*given, generator) if graph else decoding.shrinking(*given)
+    with casts_kept(device):
+        written = decoding.fixed(*given, generator) if graph else decoding.shrinking(*given)
     used = int(written.mask.any(0).sum())  # all ended early: what follows would be padding alone
     table = (x[:, :used] for x in (written.responses, written.mask))
     rollout = Rollout(queries, query_mask, *table, written.ended, written.logprobs[:, :used], written.values[:, :used])

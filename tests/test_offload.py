@@ -441,18 +441,23 @@ def test_settings_that_cannot_be_are_refused(wrong):
 
 def test_buckets_hold_runs_of_parameters(monkeypatch):
     monkeypatch.setattr("rlhf_nb_utils.offload.BUCKET", 100)
+    monkeypatch.setattr("rlhf_nb_utils.offload.PIECE", 37)  # in the middle of rows
     net = model(torch.bfloat16)
     reference = reference_of(net)
     ours, theirs = CPUOffloadAdamW(net.parameters(), **SETTINGS), torch.optim.AdamW(reference.parameters(), **SETTINGS)
     sizes = [bucket.size for bucket in ours._buckets]
     assert sizes == [112, 16, 256, 16 + 48 + 3] and sum(sizes) == sum(p.numel() for p in net.parameters())
     for step in range(3):
-        grads = gradients(net, step)
+        grads = [None if (step, index) == (1, 4) else grad for index, grad in enumerate(gradients(net, step))]  # a run in two
         feed(net, grads)
-        feed(reference, [grad.float() for grad in grads])
+        feed(reference, [None if grad is None else grad.float() for grad in grads])
         ours.step()
         theirs.step()
     assert worst(net, reference, ours) <= 1e-6
+    last = ours._buckets[-1]
+    assert last.runs(last.params, [2, 3, 3]) == [(0, 16, 2), (16, 67, 3)] and last.runs(last.params[::2], [3, 3]) == [
+        (0, 16, 3), (64, 67, 3),
+    ]  # fmt: skip
 
 
 @pytest.mark.cuda

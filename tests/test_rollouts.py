@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from test_models import gpt2, llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_nb_utils import models, rollouts
 from rlhf_nb_utils.config import RolloutsConfig
@@ -117,6 +118,38 @@ def test_many_batches_are_one_rollout_in_the_order_of_the_queries():
         assert rollout.queries[row][rollout.query_mask[row]].tolist() == query
     fresh = policy.logprobs(rollout.input_ids, rollout.attention_mask, 6)
     torch.testing.assert_close(rollout.logprobs, fresh.detach() * rollout.mask, atol=1e-4, rtol=0)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each of some fp32 weights is cast to bf16."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.times = {weight.data_ptr(): 0 for weight in weights}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16 and args[0].data_ptr() in self.times:
+            self.times[args[0].data_ptr()] += 1
+        return out
+
+
+def test_autocast_casts_a_weight_once_for_all_tokens_and_after_a_step_anew():
+    policy = make_policy(eos_bias=-9.0)
+    cfg, weights = RolloutsConfig(response_length=6), [p for p in policy.lm.parameters() if p.ndim == 2]
+    for _ in range(2):
+        with Casts(weights) as casts:
+            found = rollouts.sample(policy, QUERIES, cfg, Ids, torch.Generator().manual_seed(0), bf16=True)
+        assert max(casts.times.values()) == 1 and sum(casts.times.values()) >= 8
+        torch.set_autocast_cache_enabled(False)
+        try:
+            again = rollouts.sample(policy, QUERIES, cfg, Ids, torch.Generator().manual_seed(0), bf16=True)
+        finally:
+            torch.set_autocast_cache_enabled(True)
+        assert torch.equal(found.responses, again.responses) and torch.equal(found.logprobs, again.logprobs)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_(0.1 * torch.randn_like(p))
 
 
 def test_trimmed_rows_lose_only_columns_of_padding():
