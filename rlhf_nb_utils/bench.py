@@ -2,7 +2,8 @@
 
 A peer (TRL's last release with a PPO trainer; torchao, where there is a GPU) is installed into ``runs/peers`` on demand and is
 no dependency. Where there is no GPU its half of the table reads "not yet measured", or what the same command found on one.
-Knows tables and files; what is measured, and how, is in `contests` and `gauges`.
+``--since REVISION`` holds the course against itself, as it was (`since`). Knows tables and files; what is measured, and how, is
+in `contests` and `gauges`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_nb_utils import checkpoint, contests, gauges, peers
+from rlhf_nb_utils import checkpoint, contests, gauges, peers, since
 from rlhf_nb_utils.config import ROOT, CourseError, runs_dir
 from rlhf_nb_utils.contests import Bar, Contest, Figures
 
@@ -157,10 +158,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=names, help="these contests alone")
     parser.add_argument("--device", choices=("auto", *DEVICES), default="auto", help="auto: a GPU, if there is one")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that are counted")
+    parser.add_argument("--since", metavar="REVISION", help="instead: each stage of the course against that of a git revision")
     parser.add_argument("--threads", type=int, help="of the CPU; 2 by default, beside a GPU all cores")
     args = parser.parse_args(given)
     if args.repeats < 5:
         raise BenchError("--repeats must be at least 5: a median of fewer says nothing of the spread")
+    if args.since:
+        print(since.table(since.race(args.since, args.repeats, args.threads or 2)))
+        return 0
     gpu = torch.cuda.is_available()
     if args.device == "cuda" and not gpu:
         raise BenchError("no CUDA device here: --device cpu")

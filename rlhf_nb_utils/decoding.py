@@ -121,7 +121,8 @@ def fixed(
 ) -> Written:  # fmt: skip
     """The same with a static cache and masks in place of rows that leave; on a CUDA device a graph of one step is replayed.
 
-    ``generator`` is the one that ``choose`` draws from: a graph has to know it.
+    ``generator`` is the one that ``choose`` draws from: a graph has to know it. The graph is captured anew for every batch, for
+    one that is kept would keep its cache of keys and values through the update, where memory is dearest.
     """
     (rows, width), device = queries.shape, queries.device
     out, cache = Written.empty(rows, length, pad, device), static_cache(policy.lm.config, width + length)

@@ -69,7 +69,7 @@ ORDER = [
         "exercises",
     ),
     *("plots", "widgets", "labelling", "players"),
-    *("peers", "contests", "gauges", "bench"),
+    *("peers", "contests", "gauges", "since", "bench"),
 ]
 TORCH_ONLY = {"tensor_ops", "lm_head", "packing", "kl", "gae", "exact", "pinned", "offload"}
 PEERS = {"trl", "torchao"}  # installed into runs/ by whoever wants the comparison
