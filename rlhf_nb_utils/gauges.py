@@ -143,7 +143,8 @@ def seconds_to_report(cfg: Config) -> float:
 
 
 def card_contest() -> Contest:
-    """Two PPO iterations on a device whose allocator may give out 11 GiB, by two large policies, and plain AdamW on the same."""
+    """Two PPO iterations on a device whose allocator may give out 11 GiB, by two large policies; with AdamW on it, and
+    nothing turned, there should be no room."""
     lean = {
         f"GPT-2 XL, 8 × 256, rollout of 32 × 192, cap {CAP} GiB, every switch but adapters": (
             "gpu-12gb",

@@ -17,6 +17,7 @@ import torch
 
 from rlhf_nb_utils import shapes, tracing
 from rlhf_nb_utils.config import Config, load_config
+from rlhf_nb_utils.offload import LEAVING
 from rlhf_nb_utils.phases import BEFORE, MIB, MOVING, PHASES, Sizes, annotates, measure, traced
 
 CONTEXT = 900  # of CUDA, its libraries, and an allocator's fragments
@@ -115,7 +116,8 @@ def plan(cfg: Config | str, query: int | None = None) -> Plan:
         lent = {"score": "reward model", "reference logprobs": None if memory.lora_rank else "reference"}.get(phase)
         moving = {line: kinds[line] / MIB for line in ("gradients", "activations", "logits", "KV cache")}
         phases[phase] = resident | moving | ({lent: own[phase]} if lent else {})
-    phases["optimizer step"] = resident | {"gradients": 0.0 if memory.stream_gradients else trained_bytes / MIB}
+    kept = min(trained_bytes, 0 if cfg.device == "cpu" else LEAVING) if memory.stream_gradients else trained_bytes
+    phases["optimizer step"] = resident | {"gradients": kept / MIB}
     host = {
         "optimizer": _on_host(many, trained_bytes, memory.stream_gradients and sizes.parts > 1) * offload,
         "waiting": memory.park * (own.get("score", 0.0) * rewarded + own["reference logprobs"] * (not memory.lora_rank)),

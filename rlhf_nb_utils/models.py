@@ -56,9 +56,9 @@ def autocast(device: torch.device, enabled: bool):
 
 
 def casts_kept(device: torch.device):
-    """While this lasts, bf16 autocast makes its copy of a weight once, and not in each of its contexts: it forgets them where
-    the outermost one ends, and this is one, though it casts nothing itself. The weights must not change meanwhile."""
-    return torch.autocast(device.type, enabled=False)
+    """While this lasts, autocast makes its copy of a weight that is trained (of others it keeps none) once, and not in each of
+    its contexts: it forgets them where the outermost one ends, which is this one. The weights must not change meanwhile."""
+    return torch.autocast(device.type, enabled=torch.is_autocast_enabled(device.type))
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:

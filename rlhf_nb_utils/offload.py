@@ -23,8 +23,18 @@ from rlhf_nb_utils import pinned
 
 BUCKET = 2**24  # weights that are updated, and copied back, at a time: 32 MiB of bf16
 PIECE = 2**20  # weights whose gradients are fp32 at a time: 4 MiB, that they do not leave the processor's cache meanwhile
-LEAVING = 2**26  # bytes of streamed gradients that a device still holds because their copies are not over
+LEAVING = 2**26  # bytes of streamed gradients that a device may still hold while they are copied out
 CLIP_EPS = 1e-6  # clip_grad_norm_'s, so that the same gradients give the same step
+
+
+class _Which:
+    """Tells a gradient from another one, or from itself changed in place. An address would not do: it is used again."""
+
+    def __init__(self, grad: Tensor):
+        self.grad, self.version = weakref.ref(grad), grad._version
+
+    def still(self, grad: Tensor) -> bool:
+        return self.grad() is grad and self.version == grad._version
 
 
 class _Bucket:
@@ -38,7 +48,7 @@ class _Bucket:
         sizes = [p.numel() for p in params]
         self.group, self.params, self.size, self.staging = group, params, sum(sizes), staging.zero_()
         self.flat = {name: torch.zeros(self.size) for name in (*names, "master")}
-        self.arrived: dict[int, tuple] = {}  # whose gradient is in ``staging``, and which one
+        self.arrived: dict[int, _Which] = {}  # whose gradient is in ``staging``, and which one
         self.sums: Tensor | None = None
         self.summed: set[int] = set()
         self.done: torch.cuda.Event | None = None  # of the copy of the new weights
@@ -140,6 +150,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
             yield
         finally:
             self._accumulating = False
+            self._release(0)  # they need not lie there during the next forward pass
 
     def attach(self, model: nn.Module) -> CPUOffloadAdamW:
         """From now on `step` returns while the host still computes, and each layer's next forward pass waits for its weights.
@@ -149,11 +160,16 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         """
         self._worker = self._worker or ThreadPoolExecutor(1, "offload")
         this = weakref.ref(self)  # the model may outlive the optimizer, whose states are large
+
+        def wait(module: nn.Module, *_) -> None:
+            if (optimizer := this()) is not None:
+                optimizer._wait_for_weights(module)
+
         for module in model.modules():
             if next(module.parameters(recurse=False), None) is not None:
-                module.awaits = lambda module, *_: (optimizer := this()) and optimizer._wait_for_weights(module)
-                module.register_forward_pre_hook(module.awaits)
-                module.register_state_dict_pre_hook(module.awaits)
+                module.register_forward_pre_hook(wait)
+                module.register_state_dict_pre_hook(wait)
+                module.awaits = [*getattr(module, "awaits", []), wait]
         return self
 
     @torch.no_grad()
@@ -297,7 +313,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
                     self._let_go(grad, stream.record_event())
         else:
             here.copy_(grad)
-        bucket.arrived[id(p)] = _which(grad)
+        bucket.arrived[id(p)] = _Which(grad)
         if self.stream_gradients:
             p.grad = None
 
@@ -308,11 +324,15 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         all the earlier ones still lie there, and streaming would save nothing at the peak.
         """
         self._leaving.append((grad, copied))
-        held = sum(gradient.nbytes for gradient, _ in self._leaving)
-        while held > LEAVING and len(self._leaving) > 1:
-            oldest, event = self._leaving.popleft()
-            event.synchronize()
-            held -= oldest.nbytes
+        while self._leaving and self._leaving[0][1].query():
+            self._leaving.popleft()
+        self._release(LEAVING)
+
+    def _release(self, most: int) -> None:
+        """Wait for the oldest copies out until the gradients that are held take no more than ``most`` bytes."""
+        while sum(gradient.nbytes for gradient, _ in self._leaving) > most:
+            _, copied = self._leaving.popleft()
+            copied.synchronize()
 
     def _collect(self) -> None:
         """Fetch what no hook saw (gradients set by hand, or changed since), then wait for all of it: the norm needs it."""
@@ -320,7 +340,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
             for p in bucket.params:
                 if p.grad is None and not self.stream_gradients:
                     bucket.arrived.pop(id(p), None)  # taken back after the backward pass
-                elif p.grad is not None and bucket.arrived.get(id(p)) != _which(p.grad):
+                elif p.grad is not None and not (id(p) in bucket.arrived and bucket.arrived[id(p)].still(p.grad)):
                     self._fetch(p)
         for bucket in self._buckets:
             self._arrive(bucket)
@@ -412,19 +432,14 @@ def _has_master(p: Tensor) -> bool:
 
 def weight_of(module: nn.Module) -> Tensor:
     """``module.weight``, read past the module's forward pass: if an optimizer's host still computes it, that is waited for."""
-    if (awaits := getattr(module, "awaits", None)) is not None:
-        awaits(module)
+    for wait in getattr(module, "awaits", []):
+        wait(module)
     return module.weight
 
 
 def _square(grad: Tensor) -> Tensor:
     """Sum of squares: fp64 scalar, where the gradient lies. In one pass that writes nothing, as ``clip_grad_norm_`` has it."""
     return torch.linalg.vector_norm(grad, dtype=torch.float32).double().square()
-
-
-def _which(grad: Tensor) -> tuple[int, int]:
-    """Tells a gradient from another one, or from itself changed in place."""
-    return grad.data_ptr(), grad._version
 
 
 def _parts(params: list[Tensor], limit: int) -> list[list[Tensor]]:

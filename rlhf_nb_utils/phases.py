@@ -54,7 +54,7 @@ class Sizes:
         return Sizes(
             query or 2 * cfg.data.max_opening_words, cfg.rollouts.response_length, cfg.rollouts.batch_size,
             math.ceil(cfg.ppo.batch_size / many), cfg.ppo.gradient_accumulation_steps,
-            min(SCORED, cfg.ppo.batch_size), cfg.reward_model.max_length,
+            min(SCORED, max(cfg.ppo.batch_size, ppo.norm_samples(cfg))), cfg.reward_model.max_length,
         )  # fmt: skip
 
 
@@ -287,6 +287,11 @@ def measure(cfg: Config, query: int | None = None, meter=None) -> dict[str, dict
     device = pick_device(cfg.device)
     if meter is None and device.type != "cuda":
         raise ConfigError("only on a CUDA device can a plan be measured: --set device=cuda, where there is one")
+    if device.type == "cuda":  # a library's workspace is made at its first use, and is nobody's line
+        some = torch.ones(8, 8, device=device, requires_grad=True)
+        (some @ some + (some.bfloat16() @ some.bfloat16())).sum().backward()
+        del some
+    gc.collect()
     meter, lying, found = meter or Allocated(), {}, {}
 
     @contextlib.contextmanager

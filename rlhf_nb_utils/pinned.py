@@ -19,7 +19,7 @@ ALIGNED = 64  # bytes: where a tensor may start
 def room(sizes: Sequence[int], dtype: torch.dtype, pin: bool = True) -> list[Tensor]:
     """Flat tensors of so many elements each, not initialised. Without a CUDA device nothing can ``pin``."""
     places, blocks = plan([size * dtype.itemsize for size in sizes])
-    stores = [torch.empty(size, dtype=torch.uint8, pin_memory=pin) for size in blocks]
+    stores = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin) for size in blocks]
     ends = (start + size * dtype.itemsize for size, (_, start) in zip(sizes, places))
     return [stores[block][start:end].view(dtype) for (block, start), end in zip(places, ends)]
 

@@ -24,7 +24,7 @@ from rlhf_nb_utils.kl import AdaptiveKL, FixedKL, k1, k3
 from rlhf_nb_utils.models import Policy, autocast
 from rlhf_nb_utils.packing import by_length
 from rlhf_nb_utils.rollouts import Rollout, encode_queries, sample_many
-from rlhf_nb_utils.savings import accumulating, at_work, clipped_step, make_optimizer, settle
+from rlhf_nb_utils.savings import accumulating, at_work, clipped_step, in_place_of, make_optimizer, settle
 from rlhf_nb_utils.tensor_ops import masked_mean, masked_var, whiten
 from rlhf_nb_utils.tokenizer_bridge import response_texts
 
@@ -238,6 +238,11 @@ def check(cfg: Config) -> None:
         raise TrainingError("an adaptive ppo.kl_coef cannot start at 0, which no factor moves: give it a start, or fix it at 0")
 
 
+def norm_samples(cfg: Config) -> int:
+    """How many of the reference's samples give the score its mean and unit."""
+    return max(min(NORM_SAMPLES, 4 * cfg.ppo.batch_size), 2)
+
+
 def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenizer, cfg: Config) -> TrainState:
     """A fresh run: optimizer, KL controller, and the score's mean and std on the *reference's* samples.
 
@@ -247,19 +252,19 @@ def prepare(policy, reference, reward_fn: RewardFn, prompts: list[str], tokenize
         raise TrainingError("PPO has no prompts: raise data.n_ppo, or pass at least one")
     check(cfg)
     ppo = cfg.ppo
+    queries = [prompts[i % len(prompts)] for i in range(norm_samples(cfg))]
+    ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, -1, 0)
+    with in_place_of(policy, reference):
+        rollout = sample_many(reference, ids, cfg.rollouts, tokenizer, seed, cfg.models.autocast)
+    scores = scores_of(reward_fn, queries, response_texts(tokenizer, rollout.responses, rollout.mask), "cpu")
+    # Scores that are all the same (a rule that never fires) have no unit: leave theirs, instead of blowing it up.
+    std = scores.std().item()
     groups = policy.parameter_groups(ppo.learning_rate, ppo.critic_learning_rate)
     optimizer = make_optimizer(groups, cfg.memory, policy, eps=ppo.adam_eps, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     adaptive = ppo.kl_controller == "adaptive"
     controller = AdaptiveKL(ppo.kl_coef, ppo.kl_target, ppo.kl_horizon) if adaptive else FixedKL(ppo.kl_coef)
-    queries = [prompts[i % len(prompts)] for i in range(max(min(NORM_SAMPLES, 4 * ppo.batch_size), 2))]
-    ids, seed = encode_queries(tokenizer, queries), _seed(cfg.seed, -1, 0)
-    with at_work(reference):
-        rollout = sample_many(reference, ids, cfg.rollouts, tokenizer, seed, cfg.models.autocast)
-    scores = scores_of(reward_fn, queries, response_texts(tokenizer, rollout.responses, rollout.mask), "cpu")
-    # Scores that are all the same (a rule that never fires) have no unit: leave theirs, instead of blowing it up.
-    std = scores.std().item()
     return TrainState(policy, reference, optimizer, controller, scores.mean().item(), std if std > 1e-6 else 1.0)
 
 

@@ -109,6 +109,26 @@ def at_work(module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_place_of(policy: nn.Module, reference: nn.Module) -> Iterator[None]:
+    """While this lasts a parked reference is at work, and the policy is away from its device: there is room for one of them
+    and a KV cache. Where the reference is not parked, it is at work, and the policy stays."""
+    device = getattr(reference, "works_on", None)
+    if device is None:
+        with at_work(reference):
+            yield
+        return
+    held = [(tensor, tensor.data.device) for tensor in _tensors(policy)]
+    try:
+        for tensor, _ in held:
+            tensor.data = tensor.data.to("cpu")
+        with at_work(reference):
+            yield
+    finally:
+        for tensor, home in held:
+            tensor.data = tensor.data.to(home)
+
+
+@contextlib.contextmanager
 def _on(module: nn.Module, device: torch.device) -> Iterator[None]:
     held = [(tensor, tensor.data) for tensor in _tensors(module)]
     module.works_on = None  # whoever enters once more finds it there

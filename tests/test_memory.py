@@ -189,7 +189,7 @@ def test_each_switch_moves_its_line():
     offloaded = planned(optimizer="offload")
     assert offloaded.phases[of]["optimizer"] == 0 and offloaded.host["optimizer"] == pytest.approx(16 * million / MIB, rel=1e-3)
     assert offloaded.phases["optimizer step"]["gradients"] == pytest.approx(4 * million / MIB, rel=1e-3)
-    assert planned(optimizer="offload", stream_gradients=True).phases["optimizer step"]["gradients"] == 0
+    assert planned(optimizer="offload", stream_gradients=True).phases["optimizer step"]["gradients"] == 64  # LEAVING
     lora = planned(lora_rank=8)
     assert (
         lora.phases["reference logprobs"]["reference"] == 0

@@ -364,14 +364,28 @@ def test_a_device_holds_few_gradients_that_are_on_their_way_out(monkeypatch):
     """Were all of them there at the same time, streaming would save nothing at the peak."""
     monkeypatch.setattr("rlhf_nb_utils.offload.LEAVING", 100)
     ours, waited = CPUOffloadAdamW(model(torch.bfloat16).parameters(), stream_gradients=True), []
+
+    class Event:
+        def __init__(self, number):
+            self.number = number
+
+        def query(self):
+            return self.number == over
+
+        def synchronize(self):
+            waited.append(self.number)
+
+    over = None
     for number, size in enumerate((10, 20, 15, 500, 5, 5)):
-        event = type("Event", (), {"synchronize": lambda self, number=number: waited.append(number)})()
-        ours._let_go(torch.zeros(size, dtype=torch.bfloat16), event)
-        assert len(ours._leaving) == 1 or sum(grad.nbytes for grad, _ in ours._leaving) <= 100
+        ours._let_go(torch.zeros(size, dtype=torch.bfloat16), Event(number))
+        assert sum(grad.nbytes for grad, _ in ours._leaving) <= 100
     assert waited == [0, 1, 2, 3] and len(ours._leaving) == 2
-    ours.zero_grad()
-    ours.step()
-    assert not ours._leaving
+    over = 4  # and is not waited for
+    ours._let_go(torch.zeros(3, dtype=torch.bfloat16), Event(6))
+    assert [event.number for _, event in ours._leaving] == [5, 6] and waited == [0, 1, 2, 3]
+    with ours.accumulate():
+        assert len(ours._leaving) == 2
+    assert not ours._leaving and waited[4:] == [5, 6]
 
 
 def test_a_gradient_taken_back_after_the_backward_pass_is_none():
@@ -395,6 +409,35 @@ def test_gradients_changed_after_the_backward_pass_are_the_ones_used():
     ours.step()
     plain.step()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters()))
+
+
+def test_a_gradient_in_the_place_of_another_is_not_taken_for_it():
+    """Its address may be the same, and so may its version."""
+    net = model(torch.bfloat16)
+    ours = CPUOffloadAdamW(net.parameters(), **SETTINGS)
+    net(torch.ones(2, 7).bfloat16()).float().sum().backward()
+    for p in net.parameters():
+        address, version, place = p.grad.data_ptr(), p.grad._version, p.grad.data
+        p.grad = None
+        place *= -3
+        p.grad = place.data  # whose count of versions begins anew
+        assert (p.grad.data_ptr(), p.grad._version) == (address, version)
+    expected = torch.cat([p.grad.flatten() for p in net.parameters()]).float().norm()
+    ours.step()
+    assert ours.grad_norm == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_two_optimizers_attached_to_one_model_are_both_waited_for(monkeypatch):
+    net, pause = model(torch.bfloat16), threading.Event()
+    before = copy.deepcopy(net)
+    both = [CPUOffloadAdamW(net[index].parameters(), lr=0.1).attach(net) for index in (0, 2)]
+    for optimizer in both:
+        monkeypatch.setattr(optimizer, "_finish", lambda *args, do=optimizer._finish: (pause.wait(10), do(*args))[1])
+    net(torch.ones(2, 7).bfloat16()).float().square().sum().backward()
+    for optimizer in both:
+        optimizer.step()
+    threading.Timer(0.1, pause.set).start()
+    assert not torch.equal(weight_of(net[0]), before[0].weight) and not torch.equal(weight_of(net[2]), before[2].weight)
 
 
 def test_what_zero_grad_forgets_no_step_uses():

@@ -291,6 +291,20 @@ def test_a_run_with_a_parked_reference_is_the_plain_run_also_where_the_reference
     assert same(weights(state.reference.lm), weights(plain.reference.lm))
 
 
+def test_a_policy_that_makes_room_is_as_it_was_afterwards_whatever_happens():
+    policy = tiny_policy()
+    reference, before = park(frozen_copy(policy), "cpu"), weights(policy)
+    home = places(reference)
+    with pytest.raises(RuntimeError, match="on purpose"), savings.in_place_of(policy, reference):
+        assert not set(home) & set(places(reference))  # it is at work
+        raise RuntimeError("on purpose")
+    assert same(weights(policy), before) and places(reference) == home
+    assert policy.lm.lm_head.weight is policy.lm.transformer.wte.weight
+    adapted = switched(policy, lora_rank=2)
+    with savings.in_place_of(adapted, frozen_copy(adapted)):
+        assert all(layer.disable_adapters for layer in savings.adapted(adapted.lm))
+
+
 def test_the_reward_model_is_on_its_device_while_it_scores(monkeypatch):
     model = park(
         RewardModel.from_backbone(
@@ -446,6 +460,16 @@ def test_on_a_device_a_parked_reference_is_pinned_works_there_and_comes_back():
     assert all(p.device.type == "cpu" and p.is_pinned() for p in reference.parameters())
     assert torch.equal(reference.logprobs(*given), expected)
     assert all(p.device.type == "cpu" for p in reference.parameters())
+
+
+@pytest.mark.cuda
+def test_on_a_device_the_policy_makes_room_for_a_parked_reference_and_comes_back():
+    policy, seen = tiny_policy().cuda(), []
+    reference = park(frozen_copy(policy), "cuda")
+    with savings.in_place_of(policy, reference):
+        seen += [policy.device.type, reference.device.type]
+    assert seen == ["cpu", "cuda"]
+    assert policy.device.type == "cuda" and reference.device.type == "cpu"
 
 
 @pytest.mark.cuda
