@@ -47,7 +47,7 @@ class _Bucket:
     def __init__(self, group: int, params: list[Tensor], names: tuple[str, ...], staging: Tensor):
         sizes = [p.numel() for p in params]
         self.group, self.params, self.size, self.staging = group, params, sum(sizes), staging.zero_()
-        self.flat = {name: torch.zeros(self.size) for name in (*names, "master")}
+        self.flat = {name: torch.zeros(self.size, device="cpu") for name in (*names, "master")}
         self.arrived: dict[int, _Which] = {}  # whose gradient is in ``staging``, and which one
         self.sums: Tensor | None = None
         self.summed: set[int] = set()
@@ -72,7 +72,7 @@ class _Bucket:
     def add_up(self) -> None:
         """Move what arrived to the sums."""
         if self.sums is None:
-            self.sums = torch.zeros(self.size)
+            self.sums = torch.zeros(self.size, device="cpu")
         for p in self.params:
             if id(p) in self.arrived:
                 self.view(self.sums, p).add_(self.view(self.staging, p))
@@ -134,7 +134,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pending: dict[_Bucket, Future] = {}
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self._scratch = torch.empty(PIECE)  # a piece's gradients in fp32
+        self._scratch = torch.empty(PIECE, device="cpu")  # a piece's gradients in fp32
         # Every key of AdamW's groups: loading a dict that lacks one, AdamW would fill in Adam's own default.
         choices = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
         fixed = {"foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True}

@@ -108,8 +108,7 @@ def ppo_step(policy, optimizer, batch: Batch, cfg: PPOConfig, temperature: float
     """One clipped update on one minibatch (Schulman et al. 2017, eq. 9), in ``gradient_accumulation_steps`` parts.
 
     Each part weighs by its tokens, so the loss is the token mean of the whole minibatch, whichever rows it holds; the
-    norm is clipped once. An offloaded optimizer may still be computing when this returns: `savings.settle` before anything
-    but a forward pass reads the weights.
+    norm is clipped once.
     Raises TrainingError, before the weights move, if the loss or the gradient is not finite.
     """
     total, stats, worst = batch.mask.sum(), {}, 0.0
@@ -157,7 +156,7 @@ def update(policy, optimizer, batch: Batch, cfg: PPOConfig, generator, temperatu
         if cfg.target_kl is not None and approxkl > cfg.target_kl:
             break
     optimizer.zero_grad(set_to_none=True)  # they need not lie there while the next responses are sampled
-    settle(optimizer)
+    settle(optimizer)  # where the host computes AdamW, it may still be at the last step
     mean = {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]}
     return {**mean, "first_ratio_deviation": first["ratio_max_deviation"], "ppo_epochs": len(steps) // len(epoch_steps)}
 

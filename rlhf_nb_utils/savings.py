@@ -68,7 +68,10 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> floa
 
 
 def settle(optimizer: torch.optim.Optimizer) -> None:
-    """At the end of a training: the weights are those of the last step, whoever reads them next, and however."""
+    """At the end of a training: the weights are those of the last step, whoever reads them next, and however.
+
+    After a step alone (`ppo.ppo_step`, say) an offloaded optimizer may still be computing, and only forward passes wait for it.
+    """
     if isinstance(optimizer, CPUOffloadAdamW):
         optimizer.synchronize()
 
