@@ -2,7 +2,7 @@
 
 A bf16 weight takes 2 bytes on the device, and its gradient 2 more while it is there; the fp32 master and both moments, 12
 bytes, stay on the host, where the step is computed. While the backward pass runs, each finished gradient is copied out on a
-stream of its own; the new weights come back bucket by bucket. A weight that is fp32 on the CPU is its own master, and nothing
+second stream; the new weights come back bucket by bucket. A weight that is fp32 on the CPU is its own master, and nothing
 is copied. Knows torch, and host memory that is pinned (`pinned`); nothing of this course.
 """
 
@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 from rlhf_nb_utils import pinned
 
 BUCKET = 2**24  # weights that are updated, and copied back, at a time: 32 MiB of bf16
-PIECE = 2**20  # weights whose gradients are fp32 at a time: 4 MiB, that they do not leave the processor's cache meanwhile
+PIECE = 2**20  # weights whose gradients are fp32 at a time: 4 MiB, which stay in the processor's cache
 LEAVING = 2**26  # bytes of streamed gradients that a device may still hold while they are copied out
 CLIP_EPS = 1e-6  # clip_grad_norm_'s, so that the same gradients give the same step
 
@@ -96,7 +96,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
     stream_gradients: free each gradient on the device once it is copied out, instead of at `zero_grad`. Micro-batches are then
         added up on the host, in fp32.
 
-    All micro-batches of a step but the last belong into ``with optimizer.accumulate():``, or sums would be copied that are not
+    All micro-batches of a step but the last belong inside ``with optimizer.accumulate():``, or sums would be copied that are not
     complete. ``grad_norm`` is the norm that the last `step` found, before clipping.
 
     A parameter's state is torch's own (``step``, ``exp_avg``, ``exp_avg_sq``) and, where the weight is not its own master,
@@ -200,7 +200,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
         self._squares.clear()
 
     def synchronize(self) -> None:
-        """Wait until every weight of the last step is in its place."""
+        """Wait until the host is done with the last step. A device's current stream then waits for the copies of its weights."""
         self._wait_for(list(self._pending))
 
     def _wait_for(self, buckets: list[_Bucket]) -> None:
@@ -354,7 +354,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
             stream.synchronize()
 
     def _clip(self) -> Tensor | None:
-        """What all gradients are divided by, fp32 scalar: norm / max_grad_norm; None where that is at most 1."""
+        """What all gradients are divided by, fp32 scalar: (norm + CLIP_EPS) / max_grad_norm; None where that is at most 1."""
         squares = [_square(p.grad) for _, p in self._own()]
         for bucket in self._buckets:
             if bucket.sums is not None:
@@ -376,7 +376,7 @@ class CPUOffloadAdamW(torch.optim.Optimizer):
     # --- weights go out -----------------------------------------------------------------------------------------------
 
     def _send(self, bucket: _Bucket, scale: Tensor | None) -> None:
-        """Update a bucket now, or leave it to the worker. Its gradients are taken: the next ones may be announced."""
+        """Update a bucket now, or leave it to the worker. Its gradients are taken: the next ones may come, and `_fetch` waits."""
         params, sums = bucket.take()
         if not params:
             return
@@ -431,7 +431,7 @@ def _has_master(p: Tensor) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """``module.weight``, read past the module's forward pass: if an optimizer's host still computes it, that is waited for."""
+    """``module.weight``, for whoever reads it without a forward pass: waits if an attached optimizer still computes it."""
     for wait in getattr(module, "awaits", []):
         wait(module)
     return module.weight

@@ -1,8 +1,8 @@
 """The phases of a PPO iteration and the trainings before it, as they use memory: traced, or run with random weights on a device.
 
 Both call the package's own code: `decoding.next_token`, `RewardModel.forward`, `Policy.logprobs` and `evaluate`, the losses.
-Knows how many rows and tokens each phase handles at a time. Does not know what lies in memory besides, nor which card is there:
-that is `memory`.
+Knows how many rows and tokens each phase handles at a time. A trace does not know what lies in memory besides: that is
+`memory`'s. `measure` runs the phases of an iteration with all of it there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _first_and_last(policy, timeline, cfg: Config, sizes: Sizes) -> None:
     def step(ids, seen, positions) -> None:
         decoding.next_token(policy, ids, seen, positions, cache, choose, cfg.rollouts.temperature, cfg.models.autocast)
 
-    still = cfg.device != "cpu"  # as `rollouts.sample` chooses
+    still = cfg.device != "cpu"  # as `rollouts.sample` does on a card, for models that `decoding.can_be_fixed`
     cache = (decoding.static_cache if still else decoding.roomy_cache)(policy.lm.config, room)
     step(queries, mask.long(), position_ids(mask))  # makes the cache, which is not an activation
     timeline.once_more(sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values)))
@@ -173,7 +173,8 @@ def _reward_training(model, timeline, cfg: Config, sizes: Sizes) -> None:
 
 
 def _stream(policy, cfg: Config) -> None:
-    """Gradients go as soon as they are there. Only once the modules were called, or MemTracker would find none to count."""
+    """Gradients go as soon as they are there (what is on its way, `offload.LEAVING` at most, is not traced). Only once the
+    modules were called, or MemTracker would find none to count."""
     for p in policy.parameters() if cfg.memory.stream_gradients else ():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -279,7 +280,7 @@ class Allocated:
 
 
 def measure(cfg: Config, query: int | None = None, meter=None) -> dict[str, dict[str, float]]:
-    """MiB by phase and line as they really are, without `CONTEXT`: the planned phases with random weights, after a first update.
+    """MiB by phase and line as they really are, without `memory.CONTEXT`: the planned phases, random weights, a first update done.
 
     ``meter`` has what `Allocated` has; without one a CUDA device is needed. What lies there between two phases is told line by
     line as it is made; the rest of each peak is `MOVING`.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 2**28  # bytes of a block, unless one tensor needs more
+BLOCK = 2**28  # bytes of a block at most, unless one tensor needs more
 ALIGNED = 64  # bytes: where a tensor may start
 
 

@@ -68,9 +68,10 @@ def clipped_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> floa
 
 
 def settle(optimizer: torch.optim.Optimizer) -> None:
-    """At the end of a training: the weights are those of the last step, whoever reads them next, and however.
+    """At the end of a training, or of an iteration's updates: the weights are those of the last step, however they are read.
 
-    After a step alone (`ppo.ppo_step`, say) an offloaded optimizer may still be computing, and only forward passes wait for it.
+    After a step alone (`ppo.ppo_step`, say) an offloaded optimizer may still be computing: forward passes wait for it, and so
+    do ``state_dict`` and `offload.weight_of`.
     """
     if isinstance(optimizer, CPUOffloadAdamW):
         optimizer.synchronize()

@@ -25,7 +25,7 @@ SMALL = {
     "data.n_sft": 600, "data.n_preferences": 500, "data.n_ppo": 512, "ppo.iterations": 5, "evaluation.n_prompts": 200,
     "evaluation.best_of_prompts": 12,
 }  # fmt: skip
-# Of an earlier revision nothing is asked but these two functions.
+# Of an earlier revision no more is asked than `load_config`, the settings above, and a function of `stages` for each stage.
 WORKER = """
 import contextlib, json, sys, time
 import torch
