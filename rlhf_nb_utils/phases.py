@@ -280,7 +280,7 @@ class Allocated:
 
 
 def measure(cfg: Config, query: int | None = None, meter=None) -> dict[str, dict[str, float]]:
-    """MiB by phase and line as they really are, without `memory.CONTEXT`: the planned phases, random weights, a first update done.
+    """MiB by phase and line as they really are, without `memory.CONTEXT`: the phases with random weights, after a first update.
 
     ``meter`` has what `Allocated` has; without one a CUDA device is needed. What lies there between two phases is told line by
     line as it is made; the rest of each peak is `MOVING`.
