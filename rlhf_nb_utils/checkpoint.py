@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from rlhf_nb_utils.config import CourseError
 from rlhf_nb_utils.offload import CPUOffloadAdamW
+from rlhf_nb_utils.savings import settle
 
 FORMAT = 1
 KEEP = 2
@@ -134,8 +135,7 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Te
     For optimizers that keep what they know in ``.state`` and ``.param_groups``, as those of torch do.
     """
     tensors, scalars, on_host = {}, {}, []
-    if isinstance(optimizer, CPUOffloadAdamW):
-        optimizer.synchronize()
+    settle(optimizer)
     for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):

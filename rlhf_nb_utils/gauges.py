@@ -113,10 +113,8 @@ EVERY_SWITCH = {
     "models.dtype": "bfloat16", "models.autocast": False, "memory.optimizer": "offload", "memory.stream_gradients": True,
     "memory.checkpoint_activations": True, "memory.chunked_head": True, "memory.park": True,
 }  # fmt: skip
-CAP = 11  # GiB that an allocator may give out
-
-
 QUERY = 64  # tokens of a prompt: with the response 256
+CAP = 11  # GiB that an allocator may give out
 
 
 def memory_contest() -> Contest:
@@ -145,14 +143,9 @@ def seconds_to_report(cfg: Config) -> float:
 def card_contest() -> Contest:
     """Two PPO iterations on a device whose allocator may give out 11 GiB, by two large policies; with AdamW on it, and
     nothing turned, there should be no room."""
-    lean = {
-        f"GPT-2 XL, 8 × 256, rollout of 32 × 192, cap {CAP} GiB, every switch but adapters": (
-            "gpu-12gb",
-            XL | EVERY_SWITCH,
-            QUERY,
-        ),
-        f"TinyLlama 1.1 B as gpu-12gb-1b has it, cap {CAP} GiB": ("gpu-12gb-1b", {}, None),
-    }
+    xl = f"GPT-2 XL, 8 × 256, rollout of 32 × 192, cap {CAP} GiB, every switch but adapters"
+    llama = f"TinyLlama 1.1 B as gpu-12gb-1b has it, cap {CAP} GiB"
+    lean = {xl: ("gpu-12gb", XL | EVERY_SWITCH, QUERY), llama: ("gpu-12gb-1b", {}, None)}
     bars = []
     for what in lean:
         bars.append(Bar(f"{what}: attempts that come through two iterations", 1, "≥", " of 1"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
-from rlhf_nb_utils import hub, packing, savings
+from rlhf_nb_utils import hub, ngrams, packing, savings
 from rlhf_nb_utils.config import CourseError, MemoryConfig
 from rlhf_nb_utils.lm_head import head_logprobs
 from rlhf_nb_utils.ngrams import NGramLinear
@@ -332,8 +331,7 @@ class TextClassifier:
 def load_classifier(name: str, device: torch.device | str = "cpu") -> TextClassifier | NGramLinear:
     """A judge or evaluator: a sequence classifier with a positive and a negative label, or an n-gram model."""
     path = Path(hub.model_dir(name))
-    config_file = path / "config.json"
-    if config_file.is_file() and json.loads(config_file.read_text()).get("model_type") == "ngram-linear":
+    if ngrams.is_saved_in(path):
         return NGramLinear.load(path)
     config = read_config(str(path) if path.is_dir() else name)
     positive, negative = _sentiment_labels(name, config.id2label)

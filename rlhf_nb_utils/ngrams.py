@@ -59,6 +59,12 @@ def features(texts: Sequence[str], n_features: int = N_FEATURES, ngram_range: tu
     return csr_matrix((values, np.asarray(columns, np.int64), starts), shape=(len(texts), n_features))
 
 
+def is_saved_in(folder: Path | None) -> bool:
+    """Whether a folder holds a model of this kind."""
+    file = folder and folder / "config.json"
+    return bool(file and file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
+
+
 @dataclass(frozen=True, eq=False)
 class NGramLinear:
     """``score = features(text) @ weight + bias``: weight ``(n_features,)`` float, bias a number."""

@@ -22,7 +22,7 @@ import torch
 from rlhf_nb_utils import decoding, ppo, rollouts, sft, shapes, tracing
 from rlhf_nb_utils.config import Config, ConfigError
 from rlhf_nb_utils.models import Policy, autocast, casts_kept, frozen_copy, pick_device, position_ids, window_of
-from rlhf_nb_utils.savings import at_work, make_optimizer, park, settle
+from rlhf_nb_utils.savings import at_work, make_optimizer, settle, waiting
 
 MIB = 2**20
 BEFORE = ("fine-tuning", "reward training")
@@ -332,18 +332,14 @@ class Models:
         with line("weights"), torch.device(device):
             policy = shapes.policy_of(shapes.config_of(cfg.models.policy), cfg)
         with line("reference"):
-            reference = _placed(frozen_copy(policy), cfg, device)
+            reference = waiting(frozen_copy(policy), cfg.memory, device)
         with line("reward model"):
             judge = None
             if cfg.ppo.reward == "reward_model":
-                judge = _placed(shapes.reward_model_of(_trunk(cfg), cfg.reward_model).to(device), cfg, device)
+                judge = waiting(shapes.reward_model_of(_trunk(cfg), cfg.reward_model).to(device), cfg.memory, device)
             elif annotates(cfg):
                 judge = shapes.classifier_of(shapes.config_of(cfg.models.judge)).to(device)
         return Models(policy, reference, judge)
-
-
-def _placed(module, cfg: Config, device: torch.device):
-    return park(module, device) if cfg.memory.park and device.type != "cpu" else module
 
 
 def _real(models: Models, cfg: Config, sizes: Sizes, device: torch.device):

@@ -97,6 +97,11 @@ def park(module: nn.Module, device: torch.device | str) -> nn.Module:
     return module
 
 
+def waiting(module: nn.Module, memory: MemoryConfig, device: torch.device) -> nn.Module:
+    """The module, parked if ``memory`` wants it so; on a CPU it is in host memory anyway."""
+    return park(module, device) if memory.park and device.type != "cpu" else module
+
+
 @contextlib.contextmanager
 def at_work(module) -> Iterator[None]:
     """While this lasts, a parked module is on its device, and a reference that shares its policy's weights has no adapters.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -17,10 +16,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_nb_utils import hub
+from rlhf_nb_utils import hub, ngrams
 from rlhf_nb_utils.config import Config, CourseError, RewardModelConfig
 from rlhf_nb_utils.models import Policy, lean
-from rlhf_nb_utils.ngrams import MODEL_TYPE as NGRAM_LINEAR
 from rlhf_nb_utils.reward_model import RewardModel
 
 
@@ -103,10 +101,7 @@ def classifier_of(config) -> nn.Module:
 
 def is_transformer(name: str) -> bool:
     """Whether a classifier is a model of layers that lies on a device, and not one that counts words."""
-    folder = hub.local_dir(name)
-    if folder is None or not (file := Path(folder) / "config.json").is_file():
-        return True
-    return json.loads(file.read_text(encoding="utf-8")).get("model_type") != NGRAM_LINEAR
+    return not ngrams.is_saved_in(hub.local_dir(name))
 
 
 class _NoTokenizer(SimpleNamespace):

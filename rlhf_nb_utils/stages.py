@@ -155,10 +155,14 @@ def ppo(cfg: Config, callback=None) -> Stage:
     first, scored = sft(cfg), reward_model(cfg)
 
     def make(folder: Path) -> dict:
+        device = models.pick_device(cfg.device)
         policy, tokenizer = load_policy(first, cfg)
         models.lean(policy, cfg.memory)
-        reference = _waiting(models.frozen_copy(policy), cfg)  # always the SFT policy, also after a resume
-        scorer = annotator(cfg) if cfg.ppo.reward == "annotator" else _waiting(load_reward_model(scored, cfg), cfg).score
+        reference = savings.waiting(models.frozen_copy(policy), cfg.memory, device)  # always the SFT policy, also after a resume
+        if cfg.ppo.reward == "annotator":
+            scorer = annotator(cfg)
+        else:
+            scorer = savings.waiting(load_reward_model(scored, cfg), cfg.memory, device).score
         prompts = data.load_prompts(cfg.data, "ppo")
         kept = min(WATCHED_PROMPTS, len(prompts) // 4)
         train_prompts, watch = prompts[kept:], prompts[:kept]
@@ -187,12 +191,6 @@ def ppo(cfg: Config, callback=None) -> Stage:
         }
 
     return build(cfg, "ppo", make, resumes=True)
-
-
-def _waiting(module, cfg: Config):
-    """The module, which lies on the host until it is asked something if ``cfg.memory.park``. On a CPU it is there anyway."""
-    device = models.pick_device(cfg.device)
-    return savings.park(module, device) if cfg.memory.park and device.type != "cpu" else module
 
 
 def _watcher(cfg: Config, scorer, prompts: list[str], tokenizer, path: Path):
